@@ -1,0 +1,1 @@
+"""The HTTP services: safety classifier, constitutional critique, inference."""
