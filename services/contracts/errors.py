@@ -56,7 +56,9 @@ class FedwardError(Exception):
     def body(self) -> dict[str, Any]:
         """The JSON error body for this error."""
         kind = "invalid_request_error" if self.http_status < 500 else "server_error"
-        return ErrorBody(error=ErrorDetail(message=self.message, type=kind, code=self.code, param=self.param)).model_dump()
+        return ErrorBody(
+            error=ErrorDetail(message=self.message, type=kind, code=self.code, param=self.param)
+        ).model_dump()
 
 
 class ConfigError(FedwardError):

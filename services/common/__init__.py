@@ -1,0 +1,1 @@
+"""What every process shares at run time: settings, the app factory, the HTTP client, logs and metrics."""

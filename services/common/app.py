@@ -1,0 +1,132 @@
+"""The app factory: what every Fedward HTTP process has in common, and how it is served.
+
+Health at ``/health/live`` and ``/health/ready``, Prometheus at ``/metrics``, one JSON error body, a limit on the
+request body, a request id on every answer, traces when a collector is configured.
+"""
+
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+from services.common.logs import configure_logs, get_logger
+from services.common.middleware import BodyLimit, Observe
+from services.common.settings import Settings
+from services.contracts.errors import ConfigError, FedwardError, Overloaded, RequestError, UpstreamUnavailable
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+Ready = Callable[[], Awaitable[str | None]]
+
+
+def create_app(
+    service: str, settings: Settings, *, lifespan: Lifespan | None = None, ready: Ready | None = None
+) -> FastAPI:
+    """A FastAPI app with Fedward's common parts.
+
+    Args:
+        service: short name, for logs, metrics and traces.
+        settings: the process's settings.
+        lifespan: start-up and shutdown of the process's own parts.
+        ready: answers None when the process can serve, else the reason why it cannot.
+    """
+    app = FastAPI(title=f"Fedward {service}", version="1", lifespan=lifespan)
+    app.add_exception_handler(FedwardError, _on_fedward_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_request)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_bug)
+    app.add_middleware(BodyLimit, limit_bytes=settings.body_limit_bytes)
+    app.add_middleware(Observe, service=service)
+
+    @app.get("/health/live", tags=["health"])
+    async def live() -> dict[str, str]:
+        """The process runs."""
+        return {"status": "live"}
+
+    @app.get("/health/ready", tags=["health"])
+    async def is_ready() -> Response:
+        """The process can serve; 503 with the reason when it cannot."""
+        reason = await ready() if ready else None
+        if reason is None:
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "not ready", "reason": reason}, status_code=503)
+
+    @app.get("/metrics", tags=["health"], include_in_schema=False)
+    async def metrics() -> Response:
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+def serve(app: FastAPI, settings: Settings, service: str) -> None:
+    """Serve until SIGTERM or SIGINT, then let in-flight requests finish.
+
+    Raises:
+        ConfigError: the port is taken or the address cannot be bound.
+    """
+    configure_logs(settings.log_level, service)
+    if settings.otlp_endpoint:
+        from services.common.traces import instrument
+
+        instrument(app, service, settings.otlp_endpoint)
+    listener = _bind(settings.host, settings.port)
+    host, port = listener.getsockname()[:2]
+    get_logger().info("listening", host=host, port=port)
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, timeout_graceful_shutdown=settings.shutdown_seconds, server_header=False
+    )
+    server = uvicorn.Server(config)
+    server.run(sockets=[listener])
+    if not server.started:
+        sys.exit(3)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --port", param="port"
+        ) from error
+    return listener
+
+
+async def _on_fedward_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, FedwardError)
+    retry = {"retry-after": "1"} if isinstance(error, (Overloaded, UpstreamUnavailable)) else None
+    return JSONResponse(error.body(), status_code=error.http_status, headers=retry)
+
+
+async def _on_invalid_request(request: Request, error: Exception) -> Response:
+    """Name the field at fault; the value is left out, since it may be prompt text."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return JSONResponse(
+            RequestError("the request body is not valid JSON").body(), status_code=RequestError.http_status
+        )
+    param = ".".join(str(part) for part in first["loc"][1:]) or None
+    refusal = RequestError(f"{param or 'body'}: {first['msg']}", param=param)
+    return JSONResponse(refusal.body(), status_code=refusal.http_status)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    refusal = RequestError(f"{request.method} {request.url.path}: {error.detail}")
+    return JSONResponse(refusal.body(), status_code=error.status_code, headers=error.headers)
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    get_logger().error("unexpected error", path=request.url.path, exc_info=error)
+    return JSONResponse(FedwardError("internal error; the log has the details").body(), status_code=500)
