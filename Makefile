@@ -1,0 +1,82 @@
+# Every command that the README names. `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+RUN ?= runs/demo
+
+# Processes that start often (the federation's workers) need compiled bytecode.
+unexport PYTHONDONTWRITEBYTECODE
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
+
+# torch goes first: PyPI's own build for Linux brings several GB of CUDA packages, so on a machine without an NVIDIA
+# driver the CPU index is offered beside PyPI. Where that index cannot be reached, pip goes on without it.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no python3 on the PATH; install Python 3.11 or newer"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: $(PYTHON) is older than 3.11; call make with PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) \
+	  $$(command -v nvidia-smi >/dev/null || echo --extra-index-url $(CPU_INDEX))
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
+	touch $@
+
+.PHONY: setup
+setup: $(VENV)/installed ## create .venv with pinned dependencies
+
+.PHONY: demo
+demo: setup ## the main job: train five federations, evaluate, release, serve; writes runs/demo
+	$(BIN)/python -m stack demo --out $(RUN)
+
+.PHONY: up
+up: setup ## start the services and the gateway (port 8080) and leave them running
+	$(BIN)/python -m stack up
+
+.PHONY: down
+down: setup ## stop what `make up` started
+	$(BIN)/python -m stack down
+
+.PHONY: test
+test: setup ## every test that runs in minutes
+	$(BIN)/python -m pytest -m "not long"
+
+.PHONY: test-long
+test-long: setup ## the tests that take long: a whole small demo, kill tests
+	$(BIN)/python -m pytest -m long
+
+.PHONY: check
+check: setup ## ruff, mypy --strict, and the tests of the project's own rules (import layers, sizes, README paths)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/meta
+
+.PHONY: miniature
+miniature: setup ## pretrain the miniature language model anew (up to an hour on 2 cores)
+	$(BIN)/python -m trainer.miniature
+
+.PHONY: safety-model
+safety-model: setup ## train the safety classifier's shipped weights anew
+	$(BIN)/python -m services.safety train
+
+.PHONY: measure
+measure: setup ## print the measured quality of the shipped classifier and miniature
+	$(BIN)/python -m services.safety measure
+	$(BIN)/python -m trainer.miniature probe
+
+.PHONY: results
+results: setup ## the demo's federations over three training seeds and two splits; writes runs/results
+	$(BIN)/python -m stack results
+
+.PHONY: clean
+clean: ## remove caches and build output; runs and the environment stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -1,0 +1,26 @@
+"""Fixtures for all tests: a clean environment, and the place of real benchmark data where there is one."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+DATA = os.environ.get("FEDWARD_DATA")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No test reads the developer's own settings."""
+    for name in [name for name in os.environ if name.startswith(("FEDWARD_", "FLWR_", "OTEL_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    yield
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of benchmark data named by FEDWARD_DATA; the test is skipped where it is not set."""
+    if not DATA:
+        pytest.skip("FEDWARD_DATA is not set: this test needs the benchmark data")
+    return Path(DATA)
