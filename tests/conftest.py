@@ -1,7 +1,6 @@
 """Fixtures for all tests: a clean environment, and the place of real benchmark data where there is one."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,11 @@ DATA = os.environ.get("FEDWARD_DATA")
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads the developer's own settings."""
     for name in [name for name in os.environ if name.startswith(("FEDWARD_", "FLWR_", "OTEL_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    yield
 
 
 @pytest.fixture(scope="session")
