@@ -3,7 +3,10 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+# The first Python that runs and is new enough (a name on the PATH may be a shim with nothing behind it).
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3.12 python3.11 python3 python3.13; do \
+  $$p -c '$(NEW_ENOUGH)' 2>/dev/null && command -v $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
@@ -21,14 +24,16 @@ help: ## list the targets
 # torch goes first: PyPI's own build for Linux brings several GB of CUDA packages, so on a machine without an NVIDIA
 # driver the CPU index is offered beside PyPI. Where that index cannot be reached, pip goes on without it.
 $(VENV)/installed: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "error: no python3 on the PATH; install Python 3.11 or newer"; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo "error: $(PYTHON) is older than 3.11; call make with PYTHON=/path/to/python3.11"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) \
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(NEW_ENOUGH)' \
+	  || { echo "error: Python 3.11 or newer is needed; install it, or call make with PYTHON=/path/to/python3.11"; exit 2; }
+	@echo "setting up $(VENV) with $(PYTHON): about 1.5 GB, a few minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "  1/2 $(TORCH)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) \
 	  $$(command -v nvidia-smi >/dev/null || echo --extra-index-url $(CPU_INDEX))
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
-	touch $@
+	@echo "  2/2 everything else, as pinned in constraints.txt"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
+	@touch $@
 
 .PHONY: setup
 setup: $(VENV)/installed ## create .venv with pinned dependencies
