@@ -1,91 +1,99 @@
 """The main job, start to end: ``make demo``.
 
-Data, services, five federations, an evaluation after every round, a report, the release gate, and the gateway in
-front of the released adapter with one allowed and one blocked chat. ``run_demo`` below is the whole story.
+Data, services, five federations, an evaluation of every round, a report, the release gate, and the gateway in front
+of the released adapter with one allowed and one blocked chat. ``run_demo`` below is the whole story.
 """
 
+import json
+import sys
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict
 
 from rich.console import Console
 
-from stack.arms import ARMS, evaluate, train
-from stack.chats import show_chats
+from services.contracts.errors import ConfigError
+from stack.arms import evaluate, train_arms
 from stack.data import prepare_data
-from stack.processes import Processes, free_port
+from stack.plan import DemoData, DemoPlan
+from stack.processes import Processes, Service, free_port
 from stack.progress import Stages
-from stack.release import release
-from stack.report import write_report
+from stack.release import promote, show_chats, write_chats
 from stack.up import gateway_plan, service_plan
 
 
-@dataclass(frozen=True)
-class DemoPlan:
-    """What the demo runs; the defaults take about ten minutes on two cores."""
-
-    out: Path
-    seed: int = 0
-    split_seed: int = 0
-    rounds: int = 3
-    clients: int = 8
-    samples_per_client: int = 48
-    harmful_share: float = 0.3
-    arms: tuple[str, ...] = ARMS
-    limit: int | None = None
-    gateway: bool = True
-
-
-def run_demo(plan: DemoPlan, console: Console) -> None:
+def run_demo(plan: DemoPlan, console: Console, command: str) -> None:
     """Run the main job and leave its results in ``plan.out``.
 
-    Every process that is started here is stopped here, also on Ctrl-C or failure.
+    Every process that is started here is stopped here, also on Ctrl-C or failure. The same plan in the same folder
+    goes on where it was interrupted.
 
     Raises:
-        ProcessFailed: a service, a federation or an evaluation ended with an error.
-        ConfigError: the run folder cannot be written.
+        ProcessFailed: a service, a federation or an evaluation ended with an error, or the gate refused.
+        ConfigError: the run folder holds another demo, or cannot be written.
     """
-    started = time.monotonic()
-    services = service_plan(free_port(), free_port(), free_port(), adapters=plan.out)
-    stages = Stages(console, total=work(plan))
-    with Processes(plan.out / "logs") as processes, stages:
-        stages.begin("data: held-out split, client pools, red-team prompts")
+    open_folder(plan)
+    began = time.monotonic()
+    services = service_plan(free_port(), free_port(), free_port())
+    with Processes(plan.out / "logs") as processes, Stages(console, plan.steps()) as stages:
+        stages.begin("data: held-out prompts, client pools, red-team prompts")
         data = prepare_data(plan, processes)
 
         stages.begin("services: safety, critique, inference")
-        for service in services:
-            processes.start_service(service)
-        for service in services:
-            processes.wait_ready(service)
-        stages.done(1)
+        processes.start_services(services)
 
-        stages.begin("evaluate the untouched model")
-        evaluate(plan, processes, services, data, arm="base", round_number=0)
-        stages.done(1)
+        stages.begin(f"federations: {', '.join(plan.arms)}")
+        train_arms(plan, processes, services, data, on_round=stages.step)
 
-        for arm in plan.arms:
-            stages.begin(f"federation: {arm}")
-            train(plan, processes, services, data, arm, on_round=lambda: stages.done(1))
-            for round_number in range(1, plan.rounds + 1):
-                stages.begin(f"evaluate {arm}, round {round_number}")
-                evaluate(plan, processes, services, data, arm, round_number)
-                stages.done(1)
+        stages.begin("evaluation of every round")
+        evaluate_arms(plan, processes, services, data, stages)
 
         stages.begin("report")
-        write_report(plan, processes)
+        write_report(plan, processes, command)
 
-        if plan.gateway:
-            stages.begin("release gate")
-            release(plan, processes, services)
-            stages.begin("gateway")
-            gateway = gateway_plan(free_port(), services)
-            processes.start_service(gateway)
-            processes.wait_ready(gateway)
-            stages.done(1)
-            show_chats(gateway.url, console)
-    console.print(f"[bold]done in {(time.monotonic() - started) / 60:.1f} minutes[/]: {plan.out / 'report.html'}")
+        stages.begin("release gate")
+        promote(plan, processes, services[-1])
+
+        stages.begin("gateway")
+        gateway = gateway_plan(free_port(), services)
+        processes.start_services([gateway])
+        write_chats(plan.out / "chats.jsonl", show_chats(gateway.url, console))
+    console.print((plan.out / "logs" / "report.log").read_text())
+    console.print(f"[bold]done in {(time.monotonic() - began) / 60:.1f} minutes[/]: {plan.out / 'report.html'}")
 
 
-def work(plan: DemoPlan) -> int:
-    """How many steps the progress bar has: every round is trained and evaluated once."""
-    return 2 * plan.rounds * len(plan.arms) + 3
+def evaluate_arms(
+    plan: DemoPlan, processes: Processes, services: list[Service], data: DemoData, stages: Stages
+) -> None:
+    """Evaluate the untouched model and then every round of every arm, on the same prompts."""
+    evaluate(plan, processes, services, data, "base", 0)
+    stages.step("base")
+    for arm in plan.arms:
+        for round_number in range(1, plan.rounds + 1):
+            evaluate(plan, processes, services, data, arm, round_number)
+            stages.step(f"{arm}, round {round_number}")
+
+
+def write_report(plan: DemoPlan, processes: Processes, command: str) -> None:
+    """Have the evaluation write summary.json, the plots and report.html."""
+    seeds = [f"training={plan.seed}", f"split={plan.split_seed}", "decoding=0"]
+    report = ["report", str(plan.out), "--command", command, "--seeds", *seeds]
+    processes.run("report", [sys.executable, "-m", "evaluation", *report])
+
+
+def open_folder(plan: DemoPlan) -> None:
+    """Make the run folder, or go on in the folder of an interrupted demo of the same plan.
+
+    Raises:
+        ConfigError: the folder holds a finished demo or one of another plan, or cannot be written.
+    """
+    mine = json.dumps(asdict(plan), default=str, indent=2)
+    note = plan.out / "plan.json"
+    if (plan.out / "summary.json").exists():
+        raise ConfigError(f"{plan.out} holds a finished demo; remove it, or choose another folder (make demo RUN=...)")
+    if note.exists() and note.read_text() != mine:
+        raise ConfigError(f"{plan.out} holds an unfinished demo of another plan (see {note}); remove it, or use --out")
+    try:
+        plan.out.mkdir(parents=True, exist_ok=True)
+        note.write_text(mine)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {plan.out}: {error.strerror}") from error

@@ -71,9 +71,18 @@ class Processes:
         self.running[name] = process
         return process
 
-    def start_service(self, service: Service) -> None:
-        """Start an HTTP process; use ``wait_ready`` before calling it."""
-        self.start(service.name, [sys.executable, "-m", service.module, "--port", str(service.port), *service.flags])
+    def start_services(self, services: Sequence[Service]) -> None:
+        """Start HTTP processes and wait until all of them are ready.
+
+        Raises:
+            ProcessFailed: one ended, or was not ready in time.
+        """
+        for service in services:
+            self.start(
+                service.name, [sys.executable, "-m", service.module, "--port", str(service.port), *service.flags]
+            )
+        for service in services:
+            self.wait_ready(service)
 
     def wait_ready(self, service: Service, timeout_seconds: float = READY_SECONDS) -> None:
         """Wait until the service says that it is ready.
@@ -97,6 +106,11 @@ class Processes:
         raise ProcessFailed(
             f"{service.name} was not ready within {timeout_seconds:.0f} s ({reason}); {self._log(service.name)}"
         )
+
+    def run(self, name: str, argv: Sequence[str]) -> None:
+        """Run a command to its end; raises ProcessFailed when its exit code is not 0."""
+        self.start(name, argv)
+        self.finish(name)
 
     def finish(self, name: str) -> None:
         """Wait for a command to end.

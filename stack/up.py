@@ -10,21 +10,20 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
-from services.common.http import ServiceClient
-from services.contracts.adapters import ActivateRequest, LoadAdapterRequest, Release, read_manifest
 from services.contracts.errors import ConfigError
 from stack.processes import Processes, Service, port_is_free
 
 GATEWAY_PORT, SAFETY_PORT, CRITIQUE_PORT, INFERENCE_PORT = 8080, 8101, 8102, 8103
+BASE_MODEL = "fedward-miniature"
 STATE = "processes.json"
 
 
-def service_plan(safety: int, critique: int, inference: int, adapters: Path) -> list[Service]:
-    """The three services, with the flags they need on this machine."""
+def service_plan(safety: int, critique: int, inference: int, *inference_flags: str) -> list[Service]:
+    """The three services on these ports."""
     return [
         Service("safety", "services.safety", safety),
         Service("critique", "services.critique", critique),
-        Service("inference", "services.inference", inference, ("--adapters-dir", str(adapters.resolve()))),
+        Service("inference", "services.inference", inference, ("--model-id", BASE_MODEL, *inference_flags)),
     ]
 
 
@@ -49,21 +48,17 @@ def up(run_dir: Path, release: Path | None, console: Console) -> None:
     """
     if living(run_dir):
         raise ConfigError(f"the stack of {run_dir} runs already; `make down` stops it")
-    services = service_plan(SAFETY_PORT, CRITIQUE_PORT, INFERENCE_PORT, release.parent if release else run_dir)
+    serve = ("--release", str(release.resolve())) if release else ()
+    services = service_plan(SAFETY_PORT, CRITIQUE_PORT, INFERENCE_PORT, *serve)
     plan = [*services, gateway_plan(GATEWAY_PORT, services)]
     for service in plan:
         if not port_is_free(service.port):
             raise ConfigError(f"port {service.port} for {service.name} is in use; stop what listens there first")
     with Processes(run_dir) as processes:
+        with console.status("starting safety, critique, inference and gateway"):
+            processes.start_services(plan)
         for service in plan:
-            processes.start_service(service)
-        for service in plan:
-            with console.status(f"waiting for {service.name} on port {service.port}"):
-                processes.wait_ready(service)
             console.print(f"[green]✓[/] {service.name:10} {service.url}")
-        if release:
-            activate(services[-1].url, release)
-            console.print(f"[green]✓[/] {'release':10} {release}")
         started = [
             {"name": name, "pid": p.pid, "started": psutil.Process(p.pid).create_time()}
             for name, p in processes.running.items()
@@ -73,15 +68,6 @@ def up(run_dir: Path, release: Path | None, console: Console) -> None:
     console.print(
         f"\nThe gateway listens on http://127.0.0.1:{GATEWAY_PORT}; logs: {run_dir}; `make down` stops it all."
     )
-
-
-def activate(inference_url: str, adapter: Path) -> None:
-    """Load an adapter into the inference service and serve it, by its sha256."""
-    manifest = read_manifest(adapter)
-    with ServiceClient("inference", inference_url) as inference:
-        load = LoadAdapterRequest(lora_name="release", lora_path=str(adapter.resolve()), sha256=manifest.sha256)
-        inference.post("/v1/load_lora_adapter", load, Release)
-        inference.post("/v1/release", ActivateRequest(lora_name="release", sha256=manifest.sha256), Release)
 
 
 def living(run_dir: Path) -> list[psutil.Process]:
