@@ -48,6 +48,7 @@ def run_demo(plan: DemoPlan, console: Console, command: str) -> None:
         evaluate_arms(plan, processes, services, data, stages)
 
         stages.begin("report")
+        measure_judge(plan, processes, services)
         write_report(plan, processes, command)
 
         stages.begin("release gate")
@@ -71,6 +72,13 @@ def evaluate_arms(
         for round_number in range(1, plan.rounds + 1):
             evaluate(plan, processes, services, data, arm, round_number)
             stages.step(f"{arm}, round {round_number}")
+
+
+def measure_judge(plan: DemoPlan, processes: Processes, services: list[Service]) -> None:
+    """Measure the judge's own accuracy on human labels, for the report; needs the benchmarks."""
+    if plan.benchmarks:
+        flags = ["--data", str(plan.benchmarks), "--judge", services[0].url, "--out", str(plan.out / "judges.json")]
+        processes.run("judges", [sys.executable, "-m", "evaluation", "judges", *flags])
 
 
 def write_report(plan: DemoPlan, processes: Processes, command: str) -> None:

@@ -66,7 +66,7 @@ class ServiceClient:
         self._retrying = Retrying(
             retry=retry_if_exception_type(UpstreamUnavailable),
             stop=stop_after_attempt(attempts),
-            wait=wait_exponential_jitter(initial=0.5, max=8.0, jitter=0.25),
+            wait=wait_exponential_jitter(multiplier=0.5, max=8.0, jitter=0.25),
             reraise=True,
         )
 
