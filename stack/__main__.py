@@ -14,6 +14,7 @@ from services.contracts.errors import FedwardError
 from stack.demo import run_demo
 from stack.plan import DemoPlan
 from stack.processes import interrupt_on_signals
+from stack.results import run_all
 from stack.up import down, up
 
 EXAMPLES = """examples:
@@ -67,7 +68,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--benchmarks", type=Path, default=data and Path(data), help="folder of benchmarks (default: $FEDWARD_DATA)"
     )
+    demo.add_argument("--no-release", dest="release", action="store_false", help="end with the report")
     demo.set_defaults(run=_demo)
+
+    results = commands.add_parser("results", help="demos over several seeds; prints mean and spread of every arm")
+    results.add_argument("--out", type=Path, default=Path("runs/results"))
+    results.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds (default: 0 1 2)")
+    results.add_argument("--split-seeds", type=int, nargs="+", default=[0, 1], help="split seeds (default: 0 1)")
+    results.set_defaults(run=lambda a, console: run_all(a.out, a.seeds, a.split_seeds, a.demo_flags, console))
+    results.add_argument("demo_flags", nargs="*", metavar="-- DEMO_FLAGS", help="further flags of `demo`, after --")
 
     upward = commands.add_parser("up", help="start the services and the gateway and leave them running")
     upward.add_argument("--out", type=Path, default=Path("runs/up"), help="folder of logs and process ids")

@@ -51,15 +51,20 @@ def run_demo(plan: DemoPlan, console: Console, command: str) -> None:
         measure_judge(plan, processes, services)
         write_report(plan, processes, command)
 
-        stages.begin("release gate")
-        promote(plan, processes, services[-1])
-
-        stages.begin("gateway")
-        gateway = gateway_plan(free_port(), services)
-        processes.start_services([gateway])
-        write_chats(plan.out / "chats.jsonl", show_chats(gateway.url, console))
+        if plan.release:
+            release(plan, processes, services, stages, console)
     console.print((plan.out / "logs" / "report.log").read_text())
     console.print(f"[bold]done in {(time.monotonic() - began) / 60:.1f} minutes[/]: {plan.out / 'report.html'}")
+
+
+def release(plan: DemoPlan, processes: Processes, services: list[Service], stages: Stages, console: Console) -> None:
+    """Pass the last adapter through the release gate, and chat with it through the gateway."""
+    stages.begin("release gate")
+    promote(plan, processes, services[-1])
+    stages.begin("gateway")
+    gateway = gateway_plan(free_port(), services)
+    processes.start_services([gateway])
+    write_chats(plan.out / "chats.jsonl", show_chats(gateway.url, console))
 
 
 def evaluate_arms(

@@ -11,7 +11,8 @@ class DemoPlan:
     """Size and seeds of a demo; the defaults take about ten minutes on two cores.
 
     ``seed`` seeds the training (LoRA's initial weights, order, toy data), ``split_seed`` the split of AdvBench into
-    the clients' half and the held-out half. ``limit`` cuts every evaluation set, for a quick look.
+    the clients' half and the held-out half. ``limit`` cuts every evaluation set, for a quick look. Without
+    ``release`` the demo ends with the report.
     """
 
     out: Path
@@ -24,6 +25,7 @@ class DemoPlan:
     arms: tuple[str, ...] = ARMS
     limit: int | None = None
     benchmarks: Path | None = None
+    release: bool = True
 
     def arm_dir(self, arm: str) -> Path:
         """The trainer's run folder of an arm."""
