@@ -1,6 +1,7 @@
 """The demo's federations over several training seeds and splits, and the table of ``docs/results.md``.
 
-Each combination is a demo of its own, up to its report, in a process of its own; a finished one is not run again, so an interrupted ``make results`` goes on where it was.
+Each combination is a demo of its own, up to its report, in a process of its own. A finished one is not run again, so
+an interrupted ``make results`` goes on where it was.
 """
 
 import json

@@ -60,6 +60,13 @@ class UnloadAdapterRequest(BaseModel):
     lora_name: str
 
 
+class AdapterInfo(BaseModel):
+    """Answer of ``POST /v1/load_lora_adapter`` and ``/v1/unload_lora_adapter``: the adapter that was meant."""
+
+    lora_name: str
+    sha256: str
+
+
 class ActivateRequest(BaseModel):
     """Body of ``POST /v1/release``: serve this loaded adapter, which must have this sha256."""
 
