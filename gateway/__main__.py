@@ -1,0 +1,34 @@
+"""``python -m gateway``: serve the gateway."""
+
+import sys
+
+from gateway.app import build_app
+from gateway.settings import GatewaySettings
+from services.common.app import serve
+from services.common.settings import exit_with, load_settings
+from services.contracts.errors import FedwardError
+
+SUMMARY = """Serve the gateway: chat completions with every prompt and every answer checked.
+
+It needs an inference service and a safety service. Without a verdict it answers 503, never an unchecked text.
+
+examples:
+  python -m gateway --port 8080 --inference-url http://127.0.0.1:8103 --safety-url http://127.0.0.1:8101
+  FEDWARD_GATEWAY_CHECK_DEADLINE_MS=500 python -m gateway
+  curl http://127.0.0.1:8080/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{"model": "fedward", "messages": [{"role": "user", "content": "Name three rivers."}], "stream": true}'
+"""
+
+
+def main() -> int:
+    """Run until stopped; returns the exit code."""
+    try:
+        settings = load_settings(GatewaySettings, "python -m gateway", SUMMARY)
+        serve(build_app(settings), settings, "gateway")
+    except FedwardError as error:
+        return exit_with(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""Whether the gateway can serve: it cannot when the classifier or the model cannot."""
+
+import asyncio
+import time
+
+from gateway.upstreams import INFERENCE, SAFETY, Upstreams
+from services.contracts.errors import FedwardError
+
+PROBE_SECONDS = 1.0
+KEPT_SECONDS = 1.0
+
+
+class Readiness:
+    """Asks both services whether they are ready, at most once a second however often it is asked itself."""
+
+    def __init__(self, upstreams: Upstreams) -> None:
+        self._upstreams = upstreams
+        self._lock = asyncio.Lock()
+        self._reason: str | None = None
+        self._asked_at = float("-inf")
+
+    async def __call__(self) -> str | None:
+        """None when both are ready, else the reason in words."""
+        async with self._lock:
+            if time.monotonic() - self._asked_at > KEPT_SECONDS:
+                reasons = await asyncio.gather(self._probe(SAFETY), self._probe(INFERENCE))
+                self._reason = "; ".join(reason for reason in reasons if reason) or None
+                self._asked_at = time.monotonic()
+            return self._reason
+
+    async def _probe(self, name: str) -> str | None:
+        try:
+            async with asyncio.timeout(PROBE_SECONDS):
+                await self._upstreams.forward(name, "GET", "/health/ready")
+        except TimeoutError:
+            return f"{name}: no answer within {PROBE_SECONDS:g} s"
+        except FedwardError as error:
+            return error.message
+        return None

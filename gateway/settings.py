@@ -1,0 +1,55 @@
+"""The gateway's settings: flags, or environment variables that start with ``FEDWARD_GATEWAY_``."""
+
+from typing import Self
+
+from pydantic import AnyHttpUrl, Field, model_validator
+from pydantic_settings import SettingsConfigDict
+
+from services.common.settings import Settings
+
+
+class GatewaySettings(Settings):
+    """Where the services are, how long to wait for them, and how an answer is cut for checking."""
+
+    model_config = SettingsConfigDict(env_prefix="FEDWARD_GATEWAY_")
+
+    port: int = Field(default=8080, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    inference_url: AnyHttpUrl = Field(
+        default=AnyHttpUrl("http://127.0.0.1:8103"), description="where the inference service listens"
+    )
+    safety_url: AnyHttpUrl = Field(
+        default=AnyHttpUrl("http://127.0.0.1:8101"), description="where the safety service listens"
+    )
+
+    check_deadline_ms: int = Field(default=300, ge=1, description="longest wait for one check; then 503, fail closed")
+    connect_seconds: float = Field(default=2.0, gt=0, description="longest wait for a connection to a service")
+    generation_seconds: float = Field(default=120.0, gt=0, description="longest wait for a whole answer")
+    silence_seconds: float = Field(default=30.0, gt=0, description="longest pause inside a streamed answer")
+
+    prompt_threshold: float | None = Field(
+        default=None, ge=0, le=1, description="refuse prompts with at least this score; unset: the classifier decides"
+    )
+    response_threshold: float | None = Field(
+        default=None, ge=0, le=1, description="refuse answers with at least this score; unset: the classifier decides"
+    )
+
+    message_limit: int = Field(default=100, ge=1, description="most messages in one conversation")
+    prompt_limit_characters: int = Field(default=32_000, ge=1, description="most characters in one conversation")
+    window_characters: int = Field(
+        default=2_000, ge=100, description="longest text given to the classifier; longer ones go in overlapping windows"
+    )
+    unit_characters: int = Field(default=200, ge=20, description="stream: longest unit of text that is checked at once")
+    unit_idle_ms: int = Field(default=150, ge=1, description="stream: after this pause, check what has arrived")
+    context_characters: int = Field(
+        default=1_000, ge=0, description="stream: how much of the answer before a unit is checked along with it"
+    )
+    checks_in_flight: int = Field(default=4, ge=1, description="stream: checks of one answer that may run at once")
+    held_limit_characters: int = Field(
+        default=200_000, ge=1, description="most characters of one answer held back; an answer over it is cut off"
+    )
+
+    @model_validator(mode="after")
+    def _a_unit_fits_in_what_is_held(self) -> Self:
+        if self.held_limit_characters < self.unit_characters:
+            raise ValueError("held_limit_characters must be at least unit_characters")
+        return self

@@ -1,0 +1,178 @@
+"""The two services behind the gateway. Every failure becomes one error that names the service and quotes nothing.
+
+Nothing is quoted because the body of a failed answer may hold text that no verdict covers; only a clean 4xx is
+passed on. Each service has one client that lives as long as the app (a new one per request costs 20 times as much).
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+
+import httpx
+from pydantic import ValidationError
+
+from gateway.metrics import CHECK_SECONDS, UPSTREAM_CANCELLATIONS
+from gateway.policy import Direction
+from gateway.settings import GatewaySettings
+from gateway.sse import DONE, EventTooLarge, SseParser
+from services.contracts.chat import ChatChunk, ChatCompletion, Json
+from services.contracts.errors import ErrorBody, UpstreamRejected, UpstreamUnavailable
+from services.contracts.verdicts import ClassifyItem, ClassifyRequest, ClassifyResponse, Verdict
+
+INFERENCE = "inference"
+SAFETY = "safety"
+CHAT = "/v1/chat/completions"
+_BODY_LIMIT = 4_000_000
+_JSON = {"content-type": "application/json"}
+# Shorter than the 5 s after which uvicorn closes an idle connection: a kept one must not die as it is taken.
+_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=2.0)
+
+
+class PassedOn(UpstreamRejected):
+    """A service refused the client's request: the client gets the same status, and the error body if it is proper."""
+
+    def __init__(self, upstream: str, status: int) -> None:
+        super().__init__(upstream, f"answered HTTP {status}")
+        self.status = status
+        self.content: Json = super().body()
+
+    def body(self) -> Json:
+        """The service's own error body where it gave one."""
+        return self.content
+
+
+class Upstreams:
+    """Clients of the inference and safety services; close them when the app ends."""
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._deadlines = {SAFETY: settings.check_deadline_ms / 1000, INFERENCE: settings.silence_seconds}
+        self._generation_seconds = settings.generation_seconds
+        self._timeout = httpx.Timeout(settings.silence_seconds, connect=settings.connect_seconds, pool=None)
+        # The first byte of a whole answer comes when the answer is complete: a pause cannot be told from work.
+        self._patient = httpx.Timeout(settings.generation_seconds, connect=settings.connect_seconds, pool=None)
+        self._clients = {
+            name: httpx.AsyncClient(base_url=str(url), limits=_LIMITS, trust_env=False)
+            for name, url in ((INFERENCE, settings.inference_url), (SAFETY, settings.safety_url))
+        }
+
+    async def close(self) -> None:
+        """Close all kept connections."""
+        for client in self._clients.values():
+            await client.aclose()
+
+    async def classify(self, items: Sequence[ClassifyItem], direction: Direction) -> list[Verdict]:
+        """One verdict per item, within the deadline; raises UpstreamUnavailable for anything else."""
+        content = ClassifyRequest(items=list(items)).model_dump_json(exclude_none=True).encode()
+        started = time.perf_counter()
+        try:
+            answer = await self.forward(SAFETY, "POST", "/v1/classify", content)
+            verdicts = ClassifyResponse.model_validate_json(answer).verdicts
+        except PassedOn as error:
+            raise UpstreamUnavailable(SAFETY, f"answered HTTP {error.status} to a check") from error
+        except ValidationError as error:
+            raise UpstreamUnavailable(SAFETY, "answered something unreadable") from error
+        finally:
+            CHECK_SECONDS.labels(direction.value).observe(time.perf_counter() - started)
+        if len(verdicts) != len(items):
+            raise UpstreamUnavailable(SAFETY, f"gave {len(verdicts)} verdicts on {len(items)} texts")
+        return verdicts
+
+    async def forward(self, name: str, method: str, path: str, content: bytes | None = None) -> bytes:
+        """A small request passed on as it is; returns the body of a 2xx.
+
+        Raises:
+            UpstreamUnavailable: no answer in time, 5xx, or no proper answer at all.
+            PassedOn: the service answered 4xx.
+        """
+        async with _deadline(name, self._deadlines[name]), self._open(name, method, path, content) as response:
+            return await _read(name, response)
+
+    async def complete(self, content: bytes) -> ChatCompletion:
+        """A whole answer of one choice; raises as ``forward`` does."""
+        request = self._open(INFERENCE, "POST", CHAT, content, self._patient)
+        async with _counted(), _deadline(INFERENCE, self._generation_seconds), request as response:
+            body = await _read(INFERENCE, response)
+        try:
+            completion = ChatCompletion.model_validate_json(body)
+        except ValidationError as error:
+            raise UpstreamUnavailable(INFERENCE, "answered something unreadable") from error
+        if len(completion.choices) != 1:
+            raise UpstreamUnavailable(INFERENCE, f"gave {len(completion.choices)} answers where one was asked for")
+        return completion
+
+    async def stream(self, content: bytes) -> AsyncGenerator[ChatChunk, None]:
+        """The chunks of a streamed answer, up to ``[DONE]`` or the end of the body; raises as ``forward`` does."""
+        parser = SseParser(_BODY_LIMIT)
+        try:
+            async with _counted(), self._open(INFERENCE, "POST", CHAT, content) as response:
+                async for piece in response.aiter_bytes():
+                    for data in parser.feed(piece):
+                        if data == DONE:
+                            return
+                        yield ChatChunk.model_validate_json(data)
+        except (ValidationError, EventTooLarge) as error:
+            raise UpstreamUnavailable(INFERENCE, "sent an event that is not a chunk of an answer") from error
+
+    @asynccontextmanager
+    async def _open(
+        self, name: str, method: str, path: str, content: bytes | None, patience: httpx.Timeout | None = None
+    ) -> AsyncIterator[httpx.Response]:
+        """An answer of status 2xx, its body still to be read; leaving early closes the connection."""
+        request = self._clients[name].stream(
+            method, path, content=content, headers=_JSON, timeout=patience or self._timeout
+        )
+        try:
+            async with request as response:
+                if not response.is_success:
+                    await _raise_for(name, response)
+                yield response
+        except httpx.RequestError as error:
+            raise UpstreamUnavailable(name, _reason(error)) from error
+
+
+async def _read(name: str, response: httpx.Response) -> bytes:
+    pieces, size = [], 0
+    async for piece in response.aiter_bytes():
+        pieces.append(piece)
+        size += len(piece)
+        if size > _BODY_LIMIT:
+            raise UpstreamUnavailable(name, f"answered more than {_BODY_LIMIT} bytes")
+    return b"".join(pieces)
+
+
+async def _raise_for(name: str, response: httpx.Response) -> None:
+    status = response.status_code
+    if status < 400 or status >= 500:
+        raise UpstreamUnavailable(name, f"answered HTTP {status}")
+    rejection = PassedOn(name, status)
+    with suppress(ValidationError):  # no proper error body: the status says it all
+        rejection.content = ErrorBody.model_validate_json(await _read(name, response)).model_dump()
+    raise rejection
+
+
+def _reason(error: httpx.RequestError) -> str:
+    """Why there was no answer, in our words: httpx quotes what it received."""
+    if isinstance(error, httpx.TimeoutException):
+        return "no answer within the deadline"
+    return "cannot be reached" if isinstance(error, httpx.ConnectError) else "the connection broke"
+
+
+@asynccontextmanager
+async def _deadline(name: str, seconds: float) -> AsyncIterator[None]:
+    """A limit on the whole call: httpx's own limits start afresh with every byte."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise UpstreamUnavailable(name, "no answer within the deadline") from error
+
+
+@asynccontextmanager
+async def _counted() -> AsyncIterator[None]:
+    """Count a generation that is given up before its end."""
+    try:
+        yield
+    except (asyncio.CancelledError, GeneratorExit):
+        UPSTREAM_CANCELLATIONS.inc()
+        raise

@@ -1,0 +1,154 @@
+"""Which weights answer under which name: the base, the loaded adapters, and the active release.
+
+A name is looked up once, when a request arrives; the request keeps the variant it got. So loading, replacing,
+activating and rolling back are each one assignment, and no answer mixes two variants.
+"""
+
+import threading
+from pathlib import Path
+
+from services.common.logs import get_logger
+from services.contracts.adapters import LoadAdapterRequest, Release, read_manifest
+from services.contracts.errors import AdapterError, AdapterHashMismatch, RequestError, UnknownModel
+from services.inference.generation import Variant
+from services.inference.lora import merge_adapter
+
+
+class Adapters:
+    """The loaded variants of one base model, and the release that the served name stands for.
+
+    Args:
+        base: the base model without an adapter.
+        served_name: the name that answers with the active release, or with the base when there is none.
+        directory: adapters are taken only from below this folder; from anywhere when None.
+        limit: most adapters loaded at the same time.
+    """
+
+    def __init__(self, base: Variant, *, served_name: str, directory: Path | None, limit: int) -> None:
+        self._base = base
+        self._served_name = served_name
+        self._directory = directory.resolve() if directory else None
+        self._limit = limit
+        self._loaded: dict[str, Variant] = {}
+        self._active = base
+        self._previous: Variant | None = None
+        self._changing = threading.Lock()
+
+    def find(self, name: str) -> Variant:
+        """The variant that answers under ``name`` now; raises UnknownModel, which lists the known names."""
+        if name == self._served_name:
+            return self._active
+        if name == self._base.name:
+            return self._base
+        variant = self._loaded.get(name)
+        if variant is None:
+            known = ", ".join(self.variants())
+            raise UnknownModel(f"model {name!r} is not loaded; known: {known}", param="model")
+        return variant
+
+    def variants(self) -> dict[str, Variant]:
+        """Every name that can be asked for, the served one first, with what answers."""
+        return {self._served_name: self._active, self._base.name: self._base, **self._loaded}
+
+    def load(self, request: LoadAdapterRequest) -> Variant:
+        """Read, check and merge an adapter, then let its name answer; a loaded one of that name is replaced.
+
+        The release stays what it was: replacing a name does not change what the served name answers with.
+
+        Raises:
+            AdapterError, AdapterHashMismatch: the adapter is not fit to be served; nothing has changed.
+        """
+        with self._changing:
+            name = request.lora_name
+            if name in (self._served_name, self._base.name):
+                raise AdapterError(
+                    f"{name} is the name of the base or of the release; choose another", param="lora_name"
+                )
+            if name not in self._loaded and len(self._loaded) >= self._limit:
+                raise AdapterError(f"{self._limit} adapters are loaded, which is the limit; unload one first")
+            variant = self._read(name, self._inside(request.lora_path), request.sha256)
+            self._loaded = {**self._loaded, name: variant}
+            get_logger().info("adapter loaded", adapter=name, sha256=variant.sha256)
+            return variant
+
+    def _read(self, name: str, path: Path, expected_sha256: str | None) -> Variant:
+        try:
+            manifest = read_manifest(path, expected_sha256)
+        except OSError as error:
+            raise AdapterError(f"adapter {path} cannot be read: {error.strerror}") from error
+        if manifest.base_model_sha256 != self._base.sha256:
+            raise AdapterError(
+                f"adapter {path} was trained on a base model with sha256 {manifest.base_model_sha256}; "
+                f"this service runs {self._base.name} with {self._base.sha256}"
+            )
+        return Variant(name, manifest.sha256, merge_adapter(self._base.network, path, manifest.sha256))
+
+    def _inside(self, lora_path: str) -> Path:
+        if not lora_path.isprintable():
+            raise AdapterError("lora_path holds characters that are not printable", param="lora_path")
+        if self._directory is None:
+            return Path(lora_path)
+        path = (self._directory / lora_path).resolve()
+        if not path.is_relative_to(self._directory):
+            raise AdapterError(f"{lora_path} lies outside the folder that adapters are loaded from", param="lora_path")
+        return path
+
+    def unload(self, name: str) -> Variant:
+        """Forget an adapter; answers in work are finished with it.
+
+        Raises:
+            UnknownModel: no adapter of that name is loaded.
+            RequestError: it is the active release.
+        """
+        with self._changing:
+            variant = self._loaded_adapter(name)
+            if variant.sha256 == self._active.sha256:
+                raise RequestError(f"{name} is the active release; activate another one first", param="lora_name")
+            self._loaded = {other: v for other, v in self._loaded.items() if other != name}
+            get_logger().info("adapter unloaded", adapter=name, sha256=variant.sha256)
+            return variant
+
+    def activate(self, name: str, sha256: str) -> Release:
+        """Let the served name answer with a loaded adapter.
+
+        Raises:
+            UnknownModel: it is not loaded.
+            AdapterHashMismatch: what is loaded under that name has another hash.
+        """
+        with self._changing:
+            variant = self._loaded_adapter(name)
+            if variant.sha256 != sha256:
+                raise AdapterHashMismatch(f"adapter {name} is loaded with sha256 {variant.sha256}, not {sha256}")
+            if variant.sha256 != self._active.sha256:
+                self._previous = self._active
+            self._active = variant
+            get_logger().info("release activated", adapter=name, sha256=sha256)
+            return self.release()
+
+    def roll_back(self) -> Release:
+        """Let the served name answer with what it answered with before; raises RequestError when there is nothing."""
+        with self._changing:
+            if self._previous is None:
+                raise RequestError("there is no earlier release to roll back to")
+            self._active, self._previous = self._previous, None
+            if self._active is not self._base:
+                self._loaded = {self._active.name: self._active} | self._loaded
+            get_logger().info("release rolled back", adapter=self._active.name, sha256=self._active.sha256)
+            return self.release()
+
+    def release(self) -> Release:
+        """What the served name answers with; ``previous`` is what a rollback would bring back."""
+        adapter = None if self._active is self._base else self._active
+        return Release(
+            served_model=self._served_name,
+            adapter=adapter.name if adapter else None,
+            sha256=adapter.sha256 if adapter else None,
+            previous=self._previous.name if self._previous else None,
+        )
+
+    def _loaded_adapter(self, name: str) -> Variant:
+        variant = self._loaded.get(name)
+        if variant is None:
+            known = ", ".join(self._loaded) or "none"
+            raise UnknownModel(f"adapter {name!r} is not loaded; loaded: {known}", param="lora_name")
+        return variant

@@ -1,0 +1,189 @@
+"""The inference service's routes: parse, call the service, map the result."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
+from starlette.background import BackgroundTask
+
+from services.common.app import create_app
+from services.contracts.adapters import (
+    ActivateRequest,
+    AdapterInfo,
+    LoadAdapterRequest,
+    Release,
+    UnloadAdapterRequest,
+)
+from services.contracts.chat import ChatCompletion, ChatRequest, GenerateRequest, Json
+from services.contracts.errors import FedwardError, RequestError
+from services.inference import openai_chat, tgi
+from services.inference.answers import Answer, Pieces
+from services.inference.service import InferenceService
+
+# nginx's status for a client that left: nobody reads it, but it shows in the metrics.
+CLIENT_LEFT = 499
+
+
+def build_app(service: InferenceService) -> FastAPI:
+    """The service as an ASGI app; its engine runs from the app's start to its end."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.engine.start()
+        yield
+        await asyncio.to_thread(service.engine.stop)
+
+    async def ready() -> str | None:
+        return None if service.engine.alive else "the generation thread has ended"
+
+    app = create_app("inference", service.settings, lifespan=lifespan, ready=ready)
+    app.include_router(_openai_routes(service))
+    app.include_router(_tgi_routes(service))
+    app.include_router(_adapter_routes(service))
+    return app
+
+
+def _openai_routes(service: InferenceService) -> APIRouter:
+    router = APIRouter(tags=["openai"])
+    started = int(time.time())
+
+    @router.post("/v1/chat/completions", response_model=ChatCompletion)
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation; with ``stream`` as server-sent events."""
+        pieces = await service.chat(body)
+        if body.stream:
+            return _stream(pieces, openai_chat.events(pieces, body))
+        answer = await _answer(request, pieces)
+        if answer is None:
+            return Response(status_code=CLIENT_LEFT)
+        return JSONResponse(openai_chat.completion(pieces, answer).model_dump(exclude_none=True))
+
+    @router.get("/v1/models")
+    async def models() -> Json:
+        """The names that can be asked for, each with the hash of the weights that answer."""
+        return openai_chat.model_list(service.adapters.variants(), started)
+
+    return router
+
+
+def _tgi_routes(service: InferenceService) -> APIRouter:
+    router = APIRouter(tags=["tgi"], route_class=_TgiRoute)
+
+    async def whole(body: GenerateRequest, request: Request, wrap: Callable[[Json], Any]) -> Response:
+        started = time.perf_counter()
+        pieces = await service.generate(body, streaming=False)
+        answer = await _answer(request, pieces)
+        if answer is None:
+            return Response(status_code=CLIENT_LEFT)
+        headers = tgi.answer_headers(pieces, time.perf_counter() - started)
+        return JSONResponse(wrap(tgi.answer_body(pieces, answer, body)), headers=headers)
+
+    async def streamed(body: GenerateRequest) -> Response:
+        pieces = await service.generate(body, streaming=True)
+        return _stream(pieces, tgi.events(pieces, body))
+
+    @router.post("/generate")
+    async def generate(body: GenerateRequest, request: Request) -> Response:
+        """Continue a raw prompt."""
+        return await whole(body, request, lambda answer: answer)
+
+    @router.post("/generate_stream")
+    async def generate_stream(body: GenerateRequest) -> Response:
+        """Continue a raw prompt, one event for each token."""
+        return await streamed(body)
+
+    @router.post("/")
+    async def generate_either(body: GenerateRequest, request: Request) -> Response:
+        """The route of Hugging Face's clients: ``stream`` picks; a whole answer comes in an array."""
+        return await streamed(body) if body.stream else await whole(body, request, lambda answer: [answer])
+
+    @router.get("/info")
+    async def info() -> Json:
+        """The model and the limits."""
+        return tgi.info(service, version("fedward"))
+
+    return router
+
+
+def _adapter_routes(service: InferenceService) -> APIRouter:
+    router = APIRouter(tags=["adapters"])
+    adapters = service.adapters
+
+    @router.post("/v1/load_lora_adapter")
+    async def load_lora_adapter(body: LoadAdapterRequest) -> AdapterInfo:
+        """Verify an adapter and let its name answer."""
+        variant = await asyncio.to_thread(adapters.load, body)
+        return AdapterInfo(lora_name=variant.name, sha256=variant.sha256)
+
+    @router.post("/v1/unload_lora_adapter")
+    async def unload_lora_adapter(body: UnloadAdapterRequest) -> AdapterInfo:
+        """Forget an adapter; refused while it is the active release."""
+        variant = await asyncio.to_thread(adapters.unload, body.lora_name)
+        return AdapterInfo(lora_name=variant.name, sha256=variant.sha256)
+
+    @router.get("/v1/release")
+    async def release() -> Release:
+        """What the served name answers with."""
+        return adapters.release()
+
+    @router.post("/v1/release")
+    async def activate(body: ActivateRequest) -> Release:
+        """Let the served name answer with a loaded adapter."""
+        return await asyncio.to_thread(adapters.activate, body.lora_name, body.sha256)
+
+    @router.post("/v1/release/rollback")
+    async def rollback() -> Release:
+        """Go back to what the served name answered with before."""
+        return await asyncio.to_thread(adapters.roll_back)
+
+    return router
+
+
+class _TgiRoute(APIRoute):
+    """A route whose errors have TGI's body instead of Fedward's."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_with_tgi_errors(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except RequestValidationError as invalid:
+                first = invalid.errors()[0]
+                place = ".".join(str(part) for part in first["loc"][1:]) or "body"
+                error: FedwardError = RequestError(f"{place}: {first['msg']}")
+            except FedwardError as refused:
+                error = refused
+            status, body = tgi.error_body(error)
+            return JSONResponse(body, status_code=status, headers={"retry-after": "1"} if status == 429 else None)
+
+        return handle_with_tgi_errors
+
+
+def _stream(pieces: Pieces, events: AsyncIterator[str]) -> StreamingResponse:
+    """A response of server-sent events; when it ends, however it ends, nobody waits for the answer any more."""
+    done = BackgroundTask(pieces.generation.cancel)
+    return StreamingResponse(events, media_type="text/event-stream", background=done)
+
+
+async def _answer(request: Request, pieces: Pieces) -> Answer | None:
+    """The whole answer, or None when the client has left, which cancels the generation."""
+
+    async def client_leaves() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    answer, left = asyncio.create_task(pieces.answer()), asyncio.create_task(client_leaves())
+    try:
+        await asyncio.wait({answer, left}, return_when=asyncio.FIRST_COMPLETED)
+        return answer.result() if answer.done() else None
+    finally:
+        answer.cancel()
+        left.cancel()

@@ -1,0 +1,1 @@
+"""The safety service: classifies prompts, responses and conversations for harm."""

@@ -1,0 +1,669 @@
+"""The gateway between real sockets: nothing unchecked leaves it, whatever happens on either side."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai.types.chat import ChatCompletionMessageParam
+from prometheus_client import REGISTRY
+
+from gateway.app import build_app
+from gateway.settings import GatewaySettings
+from tests.fakes.gateway_upstreams import BLAND, MARKER, FakeInference, FakeSafety, closed_port, raw_server, serving
+
+UNCHECKED = "fedward_gateway_characters_released_before_verdict_total"
+# A loaded machine must not make a test fail, so most tests ask a gateway that waits longer than they need; tests of
+# the waiting itself ask one that does not.
+PATIENT: dict[str, Any] = {"check_deadline_ms": 1500, "silence_seconds": 1.5, "generation_seconds": 4.0}
+HASTY: dict[str, Any] = {"check_deadline_ms": 200, "silence_seconds": 0.2, "generation_seconds": 0.5}
+
+
+@dataclass
+class Stack:
+    """Two running gateways, a patient and a hasty one, with the two fakes behind both."""
+
+    url: str
+    inference: FakeInference
+    safety: FakeSafety
+    client: httpx.Client
+    hasty: httpx.Client
+
+    def ask(self, prompt: str = "Hello", *, hastily: bool = False, **fields: Any) -> httpx.Response:
+        body = {"model": "fake", "messages": [{"role": "user", "content": prompt}]} | fields
+        return (self.hasty if hastily else self.client).post("/v1/chat/completions", json=body)
+
+    def answer(self, pieces: list[str], **fields: Any) -> None:
+        """Set what the fake model says."""
+        self.inference.pieces = pieces
+        for name, value in fields.items():
+            setattr(self.inference, name, value)
+
+    def break_safety(self, fault: str, direction: str, *, after: int = 0, text: str = "") -> None:
+        """Let the classifier fail in checks of one direction, after some of them or on one text."""
+        vars(self.safety).update(fault=fault, fault_direction=direction, fault_from=after, fault_text=text)
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Stack]:
+    inference, safety = FakeInference(), FakeSafety()
+    with ExitStack() as exits:
+        inference_url, safety_url = (exits.enter_context(serving(fake)) for fake in (inference, safety))
+        patient, hasty = (
+            exits.enter_context(gateway(inference_url, safety_url, limits)) for limits in (PATIENT, HASTY)
+        )
+        clients = [exits.enter_context(httpx.Client(base_url=url, timeout=20)) for url in (patient, hasty)]
+        yield Stack(patient, inference, safety, *clients)
+
+
+@pytest.fixture
+def stack(running: Stack) -> Iterator[Stack]:
+    """The shared stack with fresh fakes; after the test, not one character may have left before its verdict."""
+    for fake, fresh in ((running.inference, FakeInference()), (running.safety, FakeSafety())):
+        vars(fake).update(vars(fresh))
+    before = REGISTRY.get_sample_value(UNCHECKED)
+    yield running
+    assert REGISTRY.get_sample_value(UNCHECKED) == before
+
+
+def gateway(inference_url: str, safety_url: str, limits: dict[str, Any] = PATIENT) -> AbstractContextManager[str]:
+    """A gateway in a thread; gives its URL."""
+    values = limits | {"inference_url": inference_url, "safety_url": safety_url, "held_limit_characters": 3000}
+    return serving(build_app(GatewaySettings(**values)))
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """The events of a stream: JSON objects, and the string [DONE]."""
+    assert response.headers["content-type"].startswith("text/event-stream")
+    data = [block.removeprefix("data: ") for block in response.text.split("\n\n") if block]
+    return [item if item == "[DONE]" else json.loads(item) for item in data]
+
+
+def said(parts: list[Any]) -> str:
+    """The text that a client puts together, without the gateway's own refusal."""
+    choices = [part["choices"][0] for part in parts if part != "[DONE]" and part.get("choices")]
+    return "".join(c["delta"].get("content", "") for c in choices if c["finish_reason"] != "content_filter")
+
+
+def words(count: int, marker_at: int | None = None, *, sentence: int = 0) -> list[str]:
+    """``word0 word1 ...``, the marker as word ``marker_at``, a full stop after every ``sentence`` words."""
+    names = [MARKER if i == marker_at else f"word{i}" for i in range(count)]
+    return [f"{name}{'.' if sentence and i % sentence == sentence - 1 else ''} " for i, name in enumerate(names)]
+
+
+def assert_nothing_leaked(response: httpx.Response, full: str) -> str:
+    """No character of the marker or after it; returns what was released."""
+    assert MARKER not in response.text
+    released = said(events(response))
+    assert full.startswith(released)
+    assert len(released) <= full.index(MARKER)
+    return released
+
+
+def wait_for(condition: Any, seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the condition did not come true in time"
+        time.sleep(0.01)
+
+
+# What is allowed
+
+
+def test_allowed_answer_is_openais_shape_with_checked_fields_only(stack: Stack) -> None:
+    response = stack.ask(temperature=0.5, frequency_penalty=0.1)
+    assert response.status_code == 200
+    assert response.headers["x-fedward-decision"] == "allow"
+    assert response.json() == {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "fake",
+        "system_fingerprint": "adapter-1",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": BLAND},
+                "finish_reason": "stop",
+                "logprobs": None,
+            }
+        ],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7},
+    }
+    [sent] = stack.inference.requests
+    assert sent == {
+        "model": "fake",
+        "messages": [{"role": "user", "content": "Hello"}],
+        "temperature": 0.5,
+        "frequency_penalty": 0.1,
+        "stream": False,
+    }
+
+
+def test_allowed_stream_arrives_whole_and_in_order(stack: Stack) -> None:
+    stack.answer(words(60, sentence=7), usage=True)
+    response = stack.ask(stream=True)
+    parts = events(response)
+    assert response.headers["x-fedward-decision"] == "allow"
+    assert said(parts) == stack.inference.text
+    assert parts[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert parts[-3]["choices"][0] == {"index": 0, "delta": {}, "finish_reason": "stop", "logprobs": None}
+    assert parts[-2]["choices"] == []
+    assert parts[-2]["usage"]["total_tokens"] == 7
+    assert parts[-1] == "[DONE]"
+    assert len(parts) > 8, "text leaves sentence by sentence, not in one piece at the end"
+
+
+def test_stream_flows_while_the_model_still_writes(stack: Stack) -> None:
+    stack.answer([BLAND] * 2, pause=lambda i: 60 * i)
+    with stack.client.stream("POST", "/v1/chat/completions", json=chat_body(stream=True)) as response:
+        next(response.iter_lines())
+        assert stack.inference.finished == 0
+
+
+def test_pause_releases_what_is_checked_without_cutting_a_word(stack: Stack) -> None:
+    stack.answer(["some words and a bro", "ken one."], pause=lambda i: 0.8 * i)
+    parts = events(stack.ask(stream=True))
+    texts = [part["choices"][0]["delta"].get("content") for part in parts[:2]]
+    assert texts == ["some words and a ", "broken one."]
+
+
+def test_empty_answer_ends_normally(stack: Stack) -> None:
+    stack.answer([""])
+    parts = events(stack.ask(stream=True))
+    assert [part if part == "[DONE]" else part["choices"][0]["finish_reason"] for part in parts] == ["stop", "[DONE]"]
+    assert stack.ask().json()["choices"][0]["message"]["content"] == ""
+
+
+def chat_body(**fields: Any) -> dict[str, Any]:
+    return {"model": "fake", "messages": [{"role": "user", "content": "Hello"}]} | fields
+
+
+# The marker in the answer
+
+
+LEAK_CASES = {
+    "word 26 of 60": words(60, 25),
+    "word 26 of 60, in sentences": words(60, 25, sentence=6),
+    "first word": words(60, 0, sentence=6),
+    "last word": [*words(59, sentence=6), MARKER],
+    "last word of a sentence": [*words(20, sentence=6), f"{MARKER}.", " word. "],
+    "split over two chunks": [*words(25, sentence=6), MARKER[:4], MARKER[4:] + " ", *words(20)],
+    "letter by letter": list("".join(words(60, 25, sentence=6))),
+    "across the length limit": ["a" * 190 + " ", *MARKER, " ", *words(20)],
+    "across the length limit, one chunk": ["b" * 95 + " " + "a" * 98 + " " + MARKER + " " + "c" * 50, *words(20)],
+    "all in one chunk": ["".join(words(60, 25, sentence=6))],
+}
+
+
+@pytest.mark.parametrize("case", LEAK_CASES)
+def test_marker_never_leaves_in_a_stream(stack: Stack, case: str) -> None:
+    stack.answer(LEAK_CASES[case], pause=lambda _: 0.0005)
+    response = stack.ask(stream=True)
+    released = assert_nothing_leaked(response, stack.inference.text)
+    assert_closed_by_filter(events(response), nothing_released=not released)
+    if "in sentences" in case:
+        assert released == "".join(LEAK_CASES[case][:24]), "all whole sentences before the marker have left"
+    assert response.headers["x-fedward-decision"] == ("allow" if released else "refuse")
+
+
+def assert_closed_by_filter(parts: list[Any], *, nothing_released: bool) -> None:
+    choice = parts[-2]["choices"][0]
+    assert choice["finish_reason"] == "content_filter"
+    assert choice["delta"] == (
+        {"role": "assistant", "content": "I'm sorry, but I can't help with that."} if nothing_released else {}
+    )
+    reason = "The answer was classified as unsafe: Violent crimes (S1)."
+    assert parts[-2]["fedward"] == {
+        "blocked": True,
+        "direction": "response",
+        "categories": ["S1"],
+        "reason": reason,
+        "error": {"message": reason, "type": "content_filter", "code": "content_filter", "param": None},
+    }
+    assert parts[-1] == "[DONE]"
+
+
+def test_marker_at_twenty_milliseconds_a_word(stack: Stack) -> None:
+    """The protocol that other gateways were measured with: 60 words, 20 ms each, the marker as the 26th."""
+    stack.answer(words(60, 25), pause=lambda _: 0.02)
+    assert_nothing_leaked(stack.ask(stream=True), stack.inference.text)
+
+
+def test_violation_stops_the_generation(stack: Stack) -> None:
+    stack.answer(["Fine. ", f"The {MARKER}. ", "More. "], pause=lambda i: 60 if i == 2 else 0)
+    assert assert_nothing_leaked(stack.ask(stream=True), stack.inference.text) == "Fine. "
+    wait_for(lambda: stack.inference.cancelled == 1)
+
+
+def test_marker_cut_by_a_pause(stack: Stack) -> None:
+    stack.answer(["fine so far ", MARKER[:5], MARKER[5:] + " more"], pause=lambda i: 0.8 if i == 2 else 0.0)
+    assert assert_nothing_leaked(stack.ask(stream=True), stack.inference.text) == "fine so far "
+
+
+def test_marker_never_leaves_in_a_whole_answer(stack: Stack) -> None:
+    stack.answer(words(60, 25))
+    response = stack.ask()
+    assert response.status_code == 200
+    assert response.headers["x-fedward-decision"] == "refuse"
+    assert MARKER not in response.text
+    answer = response.json()
+    assert answer["choices"][0]["message"]["content"] == "I'm sorry, but I can't help with that."
+    assert answer["choices"][0]["finish_reason"] == "content_filter"
+    assert answer["fedward"]["direction"] == "response"
+
+
+def test_marker_deep_in_a_long_answer(stack: Stack) -> None:
+    """Longer than one window: the checks go over all of it."""
+    stack.answer(["word " * 1500 + MARKER])
+    assert stack.ask().json()["choices"][0]["finish_reason"] == "content_filter"
+
+
+def test_text_given_to_the_classifier_is_bounded(stack: Stack) -> None:
+    stack.answer(words(600, sentence=10))
+    stack.ask(stream=True)
+    checked = sum(
+        len(item["response"]) for body in stack.safety.requests for item in body["items"] if "response" in item
+    )
+    longest = max(len(item.get("response", "")) for body in stack.safety.requests for item in body["items"])
+    assert longest <= 2000
+    assert checked < 20 * len(stack.inference.text), "each unit brings at most 1,000 characters of context"
+
+
+# The marker in the prompt
+
+
+PROMPT_CASES: dict[str, dict[str, Any]] = {
+    "only message": {"messages": [{"role": "user", "content": f"tell me of the {MARKER}"}]},
+    "system": {"messages": [{"role": "system", "content": MARKER}, {"role": "user", "content": "hi"}]},
+    "developer": {"messages": [{"role": "developer", "content": MARKER}, {"role": "user", "content": "hi"}]},
+    "earlier turn": {
+        "messages": [
+            {"role": "user", "content": MARKER},
+            {"role": "assistant", "content": "I can't help."},
+            {"role": "user", "content": "hi"},
+        ]
+    },
+    "earlier answer": {
+        "messages": [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": MARKER},
+            {"role": "user", "content": "go on"},
+        ]
+    },
+    "answer to continue": {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": MARKER}]},
+    "text part": {"messages": [{"role": "user", "content": [{"type": "text", "text": MARKER}]}]},
+    "end of a long message": {"messages": [{"role": "user", "content": "word " * 3000 + MARKER}]},
+    "across a window": {"messages": [{"role": "user", "content": "x" * 1995 + MARKER + "x" * 2000}]},
+    "unknown field": {"messages": [{"role": "user", "content": "hi"}], "new_field": {"note": [f"say {MARKER}"]}},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("case", PROMPT_CASES)
+def test_blocked_prompt_gets_the_refusal_and_stops_the_model(stack: Stack, case: str, stream: bool) -> None:
+    stack.safety.hold_prompt_while = lambda: not stack.inference.requests  # so that the generation has begun
+    stack.answer(words(60), pause=lambda _: 60)
+    response = stack.ask(stream=stream, **PROMPT_CASES[case])
+    assert response.status_code == 200, response.text
+    assert response.headers["x-fedward-decision"] == "refuse"
+    part = events(response)[0] if stream else response.json()
+    assert part["choices"][0]["finish_reason"] == "content_filter"
+    assert part["choices"][0]["delta" if stream else "message"] == {
+        "role": "assistant",
+        "content": "I'm sorry, but I can't help with that.",
+    }
+    assert part["fedward"]["direction"] == "prompt"
+    assert part["fedward"]["categories"] == ["S1"]
+    if stream:
+        assert events(response)[1:] == ["[DONE]"]
+    wait_for(lambda: stack.inference.cancelled == 1)
+    assert stack.inference.finished == 0
+
+
+def test_generation_runs_beside_the_prompt_check_but_nothing_leaves_before_it(stack: Stack) -> None:
+    stack.safety.hold_prompt_while = lambda: not stack.inference.finished
+    with stack.client.stream("POST", "/v1/chat/completions", json=chat_body(stream=True)) as response:
+        first_byte = time.monotonic()
+        assert response.status_code == 200
+    assert stack.inference.started_at < stack.safety.verdict_at < first_byte
+
+
+# Faults: the classifier
+
+
+CLASSIFIER_FAULTS = ["500", "400", "redirect", "hang", "garbage", "schema", "reset", "drip", "unscored", "too few"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("direction", ["prompt", "response"])
+@pytest.mark.parametrize("fault", CLASSIFIER_FAULTS)
+def test_classifier_fault_before_the_first_byte_is_503(stack: Stack, fault: str, direction: str, stream: bool) -> None:
+    stack.answer(words(60, 25, sentence=6))
+    stack.break_safety(fault, direction)
+    assert_unavailable(stack.ask(stream=stream, hastily=fault in ("hang", "drip")), "safety")
+
+
+def assert_unavailable(response: httpx.Response, service: str) -> None:
+    assert response.status_code == 503
+    assert response.headers["retry-after"] == "1"
+    assert MARKER not in response.text
+    assert "word" not in response.text
+    error = response.json()["error"]
+    assert (error["type"], error["code"]) == ("server_error", "upstream_unavailable")
+    assert error["message"].startswith(f"{service}: ")
+
+
+@pytest.mark.parametrize(
+    ("where", "released"), [({"text": "word6"}, 6), ({"after": 4}, 12)], ids=["mid-stream", "whole-answer check"]
+)
+@pytest.mark.parametrize("fault", CLASSIFIER_FAULTS)
+def test_classifier_fault_after_the_first_byte_ends_with_an_error(
+    stack: Stack, fault: str, where: dict[str, Any], released: int
+) -> None:
+    stack.answer(words(12, sentence=3))  # four sentences: four checks, and one of the whole
+    stack.break_safety(fault, "response", **where)
+    parts = events(stack.ask(stream=True))
+    assert said(parts) == "".join(stack.inference.pieces[:released])
+    assert_ended_by_error(parts, "safety")
+
+
+def assert_ended_by_error(parts: list[Any], service: str) -> None:
+    assert parts[-1]["error"]["code"] == "upstream_unavailable"
+    assert parts[-1]["error"]["message"].startswith(f"{service}: ")
+    assert all(part["choices"][0]["finish_reason"] is None for part in parts[:-1])
+    assert "[DONE]" not in parts
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_unreachable_classifier_is_503(stack: Stack, stream: bool) -> None:
+    with serving(stack.inference) as inference_url, gateway(inference_url, closed_port()) as url:
+        response = httpx.post(f"{url}/v1/chat/completions", json=chat_body(stream=stream))
+    assert_unavailable(response, "safety")
+
+
+def test_slow_classifier_within_its_deadline_only_delays(stack: Stack) -> None:
+    stack.safety.delay = 0.1
+    stack.answer(words(30, sentence=6))
+    assert said(events(stack.ask(stream=True))) == stack.inference.text
+
+
+# Faults: the model
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fault", ["500", "redirect", "hang", "garbage", "schema", "reset", "drip"])
+def test_model_fault_before_the_first_byte_is_503(stack: Stack, fault: str, stream: bool) -> None:
+    stack.answer(words(60, 25, sentence=6), fault=fault)
+    assert_unavailable(stack.ask(stream=stream, hastily=fault in ("hang", "drip")), "inference")
+
+
+@pytest.mark.parametrize("fault", ["reset", "hang", "garbage", "end", "error event", "two choices", "drip"])
+def test_model_fault_after_the_first_byte_ends_with_an_error(stack: Stack, fault: str) -> None:
+    stack.answer([*words(24, sentence=6), MARKER], fault=fault, fault_at=24)
+    response = stack.ask(stream=True)
+    assert assert_nothing_leaked(response, stack.inference.text) == "".join(stack.inference.pieces[:24])
+    assert_ended_by_error(events(response), "inference")
+
+
+def test_stream_without_a_finish_reason_gets_no_finish(stack: Stack) -> None:
+    stack.answer(words(12, sentence=6), fault="no finish", fault_at=99)
+    parts = events(stack.ask(stream=True))
+    assert_ended_by_error(parts, "inference")
+
+
+def test_two_answers_where_one_was_asked_for_are_refused(stack: Stack) -> None:
+    stack.answer([BLAND], fault="two choices", fault_at=99)
+    response = stack.ask()
+    assert response.status_code == 503
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "answer",
+    [b"", f"{MARKER} is not HTTP\r\n\r\n".encode(), b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\n\r\nword" * 9],
+    ids=["nothing", "not HTTP", "not gzip"],
+)
+def test_model_that_speaks_no_http_is_503(stack: Stack, answer: bytes, stream: bool) -> None:
+    with (
+        raw_server(answer) as inference_url,
+        serving(stack.safety) as safety_url,
+        gateway(inference_url, safety_url) as url,
+    ):
+        response = httpx.post(f"{url}/v1/chat/completions", json=chat_body(stream=stream))
+    assert_unavailable(response, "inference")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_unreachable_model_is_503(stack: Stack, stream: bool) -> None:
+    with serving(stack.safety) as safety_url, gateway(closed_port(), safety_url) as url:
+        response = httpx.post(f"{url}/v1/chat/completions", json=chat_body(stream=stream))
+    assert_unavailable(response, "inference")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_models_own_refusal_of_a_request_is_passed_on(stack: Stack, stream: bool) -> None:
+    response = stack.ask(model="other", stream=stream)
+    assert response.status_code == 404
+    assert response.json() == {
+        "error": {
+            "message": "no model other",
+            "type": "invalid_request_error",
+            "code": "model_not_found",
+            "param": "model",
+        }
+    }
+    blocked = stack.ask(MARKER, model="other", stream=stream)
+    assert blocked.status_code == 200, "the prompt's verdict comes first"
+
+
+def test_more_held_text_than_the_limit_closes_the_answer(stack: Stack) -> None:
+    stack.safety.hold_prompt_while = lambda: stack.inference.finished + stack.inference.cancelled == 0
+    stack.answer([BLAND * 10] * 30)
+    parts = events(stack.ask(stream=True))
+    assert_ended_by_error(parts, "safety")
+    assert "3000 characters" in parts[-1]["error"]["message"]
+    assert len(said(parts)) <= 3000
+
+
+# The client goes away
+
+
+def test_client_that_leaves_a_stream_stops_the_model(stack: Stack) -> None:
+    before = REGISTRY.get_sample_value("fedward_gateway_upstream_cancellations_total") or 0
+    stack.answer([BLAND] * 2, pause=lambda i: 60 * i)
+    with stack.client.stream("POST", "/v1/chat/completions", json=chat_body(stream=True)) as response:
+        next(response.iter_lines())
+    wait_for(lambda: stack.inference.cancelled == 1)
+    assert stack.inference.finished == 0
+    assert (REGISTRY.get_sample_value("fedward_gateway_upstream_cancellations_total") or 0) > before
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_client_that_leaves_before_the_first_byte_stops_the_model(stack: Stack, stream: bool) -> None:
+    stack.answer([BLAND], pause=lambda _: 60)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{stack.url}/v1/chat/completions", json=chat_body(stream=stream), timeout=0.5)
+    wait_for(lambda: stack.inference.cancelled == 1)
+
+
+# Requests that are refused
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"logprobs": True}, "logprobs"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": " "}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "?!"}]}, "messages"),
+        ({"messages": [{"role": "robot", "content": "hi"}]}, "messages.0.role"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages.0.tool_calls"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0"),
+        ({"messages": ["hi"]}, "messages.0"),
+        ({"messages": [{"role": "user", "content": "hi"}] * 101}, "messages"),
+        ({"messages": [{"role": "user", "content": "x" * 32_001}]}, "messages"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"model": None}, "model"),
+    ],
+)
+def test_request_that_cannot_be_checked_is_refused_by_name(stack: Stack, fields: dict[str, Any], param: str) -> None:
+    response = stack.ask(**fields)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert param in error["message"]
+    assert stack.inference.requests == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"{", b"[]", b'{"model": "fake", "messages": [{"role": "user", "content": "\\ud800"}]}', b'{"x": 1e999}'],
+)
+def test_malformed_body_is_400(stack: Stack, body: bytes) -> None:
+    response = stack.client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("extra", [b'"x": NaN', b'"x": "\\ud800 and more"'])
+def test_value_that_json_does_not_have_is_400(stack: Stack, extra: bytes) -> None:
+    body = b'{"model": "fake", "messages": [{"role": "user", "content": "hi"}], ' + extra + b"}"
+    response = stack.client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+
+
+# The other routes, health and metrics
+
+
+def test_models_and_moderations_are_passed_through(stack: Stack) -> None:
+    assert stack.client.get("/v1/models").json()["data"][0]["id"] == "fake"
+    assert stack.client.post("/v1/moderations", json={"input": MARKER}).json()["results"][0]["flagged"] is True
+
+
+def test_readiness_is_red_while_a_service_is_not_ready() -> None:
+    inference, safety = FakeInference(), FakeSafety()
+    with serving(inference) as inference_url, serving(safety) as safety_url:
+        with gateway(inference_url, safety_url) as url:
+            assert httpx.get(f"{url}/health/ready").status_code == 200
+            safety.ready = False
+            wait_for(lambda: httpx.get(f"{url}/health/ready").status_code == 503)
+            assert httpx.get(f"{url}/health/ready").json()["reason"] == "safety: answered HTTP 503"
+            assert httpx.get(f"{url}/health/live").status_code == 200
+        with gateway(closed_port(), safety_url) as url:
+            reason = httpx.get(f"{url}/health/ready").json()["reason"]
+    assert reason == "safety: answered HTTP 503; inference: cannot be reached"
+
+
+def test_metrics_count_decisions_and_show_that_nothing_left_unchecked(stack: Stack) -> None:
+    def count(direction: str, outcome: str) -> float:
+        labels = {"direction": direction, "outcome": outcome}
+        return REGISTRY.get_sample_value("fedward_gateway_decisions_total", labels) or 0
+
+    before = count("prompt", "refuse"), count("prompt", "allow"), count("response", "unavailable")
+    stack.ask(MARKER)
+    stack.break_safety("500", "response")
+    stack.ask()
+    after = count("prompt", "refuse"), count("prompt", "allow"), count("response", "unavailable")
+    assert after == (before[0] + 1, before[1] + 1, before[2] + 1)
+    text = stack.client.get("/metrics").text
+    assert f"{UNCHECKED} 0.0" in text
+    assert "fedward_gateway_check_seconds_count" in text
+
+
+# OpenAI's own client
+
+
+HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hello"}]
+UNSAFE: list[ChatCompletionMessageParam] = [{"role": "user", "content": MARKER}]
+
+
+def test_openai_client(stack: Stack) -> None:
+    with openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0) as client:
+        answer = client.chat.completions.create(model="fake", messages=HELLO)
+        assert answer.choices[0].message.content == BLAND
+        blocked = client.chat.completions.create(model="fake", messages=UNSAFE)
+        assert blocked.choices[0].finish_reason == "content_filter"
+        assert blocked.model_extra is not None
+        assert blocked.model_extra["fedward"]["blocked"] is True
+        assert [model.id for model in client.models.list()] == ["fake"]
+        assert client.moderations.create(input="fine").results[0].flagged is False
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(model="other", messages=HELLO)
+        stack.break_safety("hang", "prompt")
+        with pytest.raises(openai.InternalServerError):
+            client.chat.completions.create(model="fake", messages=HELLO)
+
+
+def test_openai_client_stream(stack: Stack) -> None:
+    with openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0) as client:
+        stack.answer(words(60, sentence=6), usage=True)
+        chunks = list(client.chat.completions.create(model="fake", messages=HELLO, stream=True))
+        assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == stack.inference.text
+        assert chunks[-1].usage is not None
+        stack.answer(words(60, 25, sentence=6))
+        chunks = list(client.chat.completions.create(model="fake", messages=HELLO, stream=True))
+        assert chunks[-1].choices[0].finish_reason == "content_filter"
+        stack.answer(words(12, sentence=3))
+        stack.break_safety("500", "response", text="word6")
+        with pytest.raises(openai.APIError, match="safety: answered HTTP 500"):
+            list(client.chat.completions.create(model="fake", messages=HELLO, stream=True))
+
+
+# The process
+
+
+def test_process_serves_and_logs_no_text(stack: Stack, tmp_path: Path) -> None:
+    log = tmp_path / "gateway.log"
+    with serving(stack.inference) as inference_url, serving(stack.safety) as safety_url, log.open("wb") as stderr:
+        command = [
+            sys.executable,
+            "-m",
+            "gateway",
+            "--port",
+            "0",
+            "--log-level",
+            "debug",
+            "--check-deadline-ms",
+            "2000",
+        ]
+        process = subprocess.Popen(
+            [*command, "--inference-url", inference_url, "--safety-url", safety_url], stderr=stderr
+        )
+        try:
+            wait_for(lambda: "listening" in log.read_text(), seconds=60)
+            port = next(json.loads(line)["port"] for line in log.read_text().splitlines() if "listening" in line)
+            url = f"http://127.0.0.1:{port}/v1/chat/completions"
+            stack.answer(words(60, 25, sentence=6))
+            assert "content_filter" in httpx.post(url, json=chat_body(stream=True)).text
+            body = {"model": "fake", "messages": [{"role": "user", "content": f"secret {MARKER}"}]}
+            assert "content_filter" in httpx.post(url, json=body).text
+            stack.break_safety("garbage", "prompt")
+            assert httpx.post(url, json=body).status_code == 503
+        finally:
+            process.terminate()
+            process.wait(timeout=20)
+    text = log.read_text()
+    assert "refused" in text
+    assert "check failed" in text
+    assert MARKER not in text
+    assert "secret" not in text
+    assert "word1" not in text
+
+
+def test_process_refuses_a_bad_setting() -> None:
+    command = [sys.executable, "-m", "gateway", "--check-deadline-ms", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: python -m gateway: check_deadline_ms: ")

@@ -1,0 +1,77 @@
+"""Rewrite the golden files after an intended numerical change: ``python -m tests.regenerate_golden``.
+
+The tests never write them. Say in the commit why the numbers changed.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from flwr.serverapp.strategy import FedAvg
+
+from tests.fakes.tiny_model import build_tiny_model
+from tests.fakes.trainer_runs import be_the_coordinator, make_config
+from trainer.aggregation import Arrays, ClientUpdate
+from trainer.batching import encode_pairs
+from trainer.model import load_trainee
+from trainer.server_app import aggregate
+from trainer.sft import train_sft
+from trainer.shards import Pair
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+SFT = GOLDEN / "sft.json"
+FEDAVG = GOLDEN / "fedavg.json"
+COMMAND = "python -m tests.regenerate_golden"
+# Relative. The order of float32 additions differs between CPUs and torch builds; a changed algorithm shows far above.
+SFT_TOLERANCE = 1e-3
+FEDAVG_TOLERANCE = 1e-6
+
+PAIRS = [
+    Pair(prompt="How do I bake bread?", response="Mix flour, water and salt, then bake it."),
+    Pair(prompt="Why is the sky blue?", response="Because the air scatters blue light."),
+    Pair(prompt="Who are you?", response="An assistant."),
+    Pair(prompt="Count to three, then stop.", response="One, two, three."),
+    Pair(prompt="Say hello in German.", response="Hallo! Guten Tag."),
+]
+
+
+def golden_losses(folder: Path) -> list[float]:
+    """The losses of ten steps of SFT on a tiny model that is made in ``folder``."""
+    model = build_tiny_model(folder / "tiny", seed=1)
+    trainee = load_trainee(make_config(arm="none", benign_data="b", harmful_data="h", base_model=model, lora_rank=4))
+    dataset = encode_pairs(PAIRS, trainee.tokenizer, max_length=96)
+    return list(train_sft(trainee, dataset, steps=10, batch_size=2, learning_rate=1e-2, seed=7).losses)
+
+
+def average_golden_updates() -> Arrays:
+    """The weighted average of three made-up updates, one parameter of which is a single number."""
+    be_the_coordinator()
+    generator = np.random.default_rng(0)
+    updates = [
+        ClientUpdate(
+            client_id,
+            {"matrix": generator.normal(size=(2, 3)).astype(np.float32), "number": np.asarray(client_id, np.float32)},
+            {"num-tokens": tokens},
+        )
+        for client_id, tokens in enumerate((10, 20, 70))
+    ]
+    return aggregate(FedAvg(weighted_by_key="num-tokens"), updates, 1)
+
+
+def main() -> None:
+    """Write both files."""
+    GOLDEN.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        losses = golden_losses(Path(folder))
+    averaged = {name: array.tolist() for name, array in average_golden_updates().items()}
+    for path, content in (
+        (SFT, {"made_by": COMMAND, "tolerance": SFT_TOLERANCE, "losses": losses}),
+        (FEDAVG, {"made_by": COMMAND, "tolerance": FEDAVG_TOLERANCE, "averaged": averaged}),
+    ):
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

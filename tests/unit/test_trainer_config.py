@@ -1,0 +1,95 @@
+"""The run configuration: agreement with pyproject, unknown keys, contradictions, and whose word counts."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from services.contracts.errors import ConfigError
+from tests.fakes.trainer_runs import ROOT, make_config, run_values
+from trainer.config import Arm, RunConfig, RunValue, default_run_config, parse_run_config
+
+DATA: dict[str, RunValue] = {
+    "benign_data": "b.jsonl",
+    "harmful_data": "h.jsonl",
+    "red_team_data": "r",
+    "replay_data": "p",
+}
+
+
+def test_pyproject_lists_exactly_the_keys_that_exist() -> None:
+    keys = {name.replace("_", "-") for name in RunConfig.model_fields}
+    assert set(default_run_config(ROOT / "pyproject.toml")) == keys
+
+
+def test_pyproject_names_the_two_flower_apps() -> None:
+    app = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    assert app["components"] == {"serverapp": "trainer.server_app:app", "clientapp": "trainer.client_app:app"}
+    assert app["fab-include"] == ["trainer/*.py"]
+
+
+def test_defaults_with_data_are_valid() -> None:
+    config = make_config(**DATA)
+    assert config.arm is Arm.FILTER_CAI
+    assert config.base_model is None
+
+
+def test_unknown_key_is_refused_by_name_with_the_nearest_known_one() -> None:
+    with pytest.raises(ConfigError, match=r"unknown run-config key 'harmful-shar'; did you mean 'harmful-share'\?"):
+        make_config(harmful_shar=0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"harmful_share": 1.5}, "harmful-share: Input should be less than or equal to 1"),
+        ({"arm": "both"}, "arm: Input should be 'none', 'filter', 'cai' or 'filter\\+cai'"),
+        ({"rounds": "many"}, "rounds: Input should be a valid integer"),
+        ({"min_clients": 9}, r"min-clients \(9\) <= clients-per-round \(8\) <= num-clients \(8\)"),
+        ({"clients_per_round": 9}, "<= num-clients"),
+        ({"benign_data": ""}, "set benign-data and harmful-data"),
+        ({"harmful_data": ""}, "harmful-share=0.3 needs harmful-data"),
+        ({"shard_data": "/s/{shard}.jsonl"}, "shard-data \\(own data\\) contradicts benign-data"),
+        ({"safety_url": ""}, "arm=filter\\+cai with curation-mode=drop needs safety-url"),
+        ({"curation_mode": "revise", "critique_url": ""}, "with curation-mode=revise needs critique-url"),
+        ({"inference_url": ""}, "needs inference-url"),
+        ({"coordinator_critique_url": "", "red_team_data": ""}, "needs coordinator-critique-url, red-team-data"),
+        ({"replay_data": ""}, "needs replay-data"),
+        ({"placement": "clustered"}, "placement: Input should be 'spread' or 'concentrated'"),
+    ],
+)
+def test_bad_value_or_contradiction_is_refused(changes: dict[str, RunValue], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(**(DATA | changes))
+
+
+def test_own_data_needs_a_file_for_each_client() -> None:
+    with pytest.raises(ConfigError, match=r"shard-data needs \{shard\}"):
+        make_config(shard_data="/data/all.jsonl")
+    assert make_config(shard_data="/data/{shard}.jsonl", arm="none").max_tokens_per_client > 0
+
+
+def test_arm_without_a_stage_needs_none_of_its_services() -> None:
+    config = make_config(arm="none", benign_data="b", harmful_data="h", safety_url="", inference_url="")
+    assert not config.arm.filters
+    assert not config.arm.constitutional
+
+
+def test_silo_decides_where_its_data_goes_and_nothing_else() -> None:
+    silo: dict[str, RunValue] = {"safety-url": "http://own:1", "shard-data": "", "partition-id": 3, "rounds": 99}
+    config = parse_run_config(run_values(**DATA), silo)
+    assert config.safety_url == "http://own:1"
+    assert config.rounds != 99
+
+
+def test_identity_leaves_out_what_may_change_when_a_run_is_continued() -> None:
+    one = make_config(**DATA)
+    other = make_config(**(DATA | {"rounds": 9, "run_dir": "elsewhere", "safety_url": "http://moved:1"}))
+    assert one.identity() == other.identity()
+    assert one.identity() != make_config(**(DATA | {"seed": 1})).identity()
+
+
+def test_missing_section_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text("[project]\n")
+    with pytest.raises(ConfigError, match=r"no readable \[tool.flwr.app.config\]"):
+        default_run_config(tmp_path / "pyproject.toml")

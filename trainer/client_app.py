@@ -1,0 +1,136 @@
+"""A client as a Flower ClientApp: curate the shard, train the adapter on it, send the adapter back.
+
+Nothing but the adapter and the counts named in ``records`` leaves this process for the coordinator.
+"""
+
+import functools
+import random
+import sys
+import time
+from pathlib import Path
+
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    MetricRecordValues,
+    RecordDict,
+)
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+
+from services.common.http import ServiceClient
+from services.contracts.errors import ConfigError, DataError, FedwardError
+from trainer.batching import encode_pairs
+from trainer.config import RunConfig, parse_run_config
+from trainer.curation import CuratedShard, curate_once
+from trainer.model import load_trainee, read_adapter_arrays, set_adapter_arrays
+from trainer.sft import steps_for, train_sft
+from trainer.shards import Pair, client_shard
+
+app = ClientApp()
+# A process that serves a client (or, in a simulation, several) for several rounds tokenises each shard once.
+encode_once = functools.lru_cache(maxsize=64)(encode_pairs)
+
+
+@app.query()
+def identify(message: Message, context: Context) -> Message:
+    """Say which client this node is."""
+    return Message(RecordDict({"client": MetricRecord({"client-id": client_number(context)})}), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train for one round; a deliberate error becomes an error reply with its message."""
+    try:
+        config = parse_run_config(context.run_config, silo=context.node_config)
+        return Message(train_round(message.content, config, client_number(context)), reply_to=message)
+    except FedwardError as error:
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, error.message), reply_to=message)
+
+
+def train_round(content: RecordDict, config: RunConfig, client_id: int) -> RecordDict:
+    """Curate, train, and pack the reply.
+
+    Raises:
+        UpstreamError: the shard could not be curated, so nothing was trained.
+        DataError: the shard is missing, malformed, or empty after curation.
+    """
+    started = time.perf_counter()
+    pairs = tuple(client_shard(config, client_id))
+    curated = curate_shard(pairs, config, client_id) if config.arm.filters else None
+    trainee = load_trainee(config)
+    dataset = encode_once(curated.pairs if curated else pairs, trainee.tokenizer, config.max_length)
+    if not dataset.examples:
+        raise DataError(f"shard {client_id}: no pair is left to train on ({len(pairs)} before curation)")
+    set_adapter_arrays(trainee, {name: array.numpy() for name, array in content.array_records["arrays"].items()})
+    result = train_sft(
+        trainee,
+        dataset,
+        steps=steps_for(dataset, config.batch_size, config.local_epochs),
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        seed=training_seed(config, client_id, content.config_records["config"]["round"]),
+    )
+    counts: dict[str, MetricRecordValues] = {
+        "num-tokens": result.num_tokens,
+        "loss": result.loss,
+        "steps": result.steps,
+        "skipped": dataset.skipped,
+        "train-seconds": time.perf_counter() - started,
+    }
+    reply = RecordDict(
+        {"arrays": ArrayRecord({name: Array(array) for name, array in read_adapter_arrays(trainee).items()})}
+    )
+    if curated:
+        counts |= {f"curation-{name}": number for name, number in curated.report.model_dump().items()}
+        reply["filter"] = ConfigRecord(
+            {"model-id": curated.filter_model_id, "model-sha256": curated.filter_model_sha256}
+        )
+    reply["metrics"] = MetricRecord(counts)
+    return reply
+
+
+def curate_shard(pairs: tuple[Pair, ...], config: RunConfig, client_id: int) -> CuratedShard:
+    """Curate this client's shard with the silo's own services, or take the result of an earlier round."""
+    folder = (config.client_dir or config.run_dir / "clients") / str(client_id)
+    timeout = config.service_timeout_seconds
+    if config.safety_url is None:
+        raise ConfigError("curation needs safety-url")
+    with ServiceClient("safety", config.safety_url, timeout_seconds=timeout) as safety:
+        if config.curation_mode != "revise" or config.critique_url is None:
+            return curate_once(folder, pairs, config.curation_mode, safety, None)
+        with ServiceClient("critique", config.critique_url, timeout_seconds=timeout) as critique:
+            return curate_once(folder, pairs, config.curation_mode, safety, critique)
+
+
+def training_seed(config: RunConfig, client_id: int, round_number: object) -> int:
+    """Another order of the data for each client and round, the same in every run of the same seed."""
+    return random.Random(f"{config.seed}:{client_id}:{round_number!r}").getrandbits(32)
+
+
+def client_number(context: Context) -> int:
+    """This node's client number, Flower's ``partition-id``; raises ConfigError when the node was given none."""
+    try:
+        return int(context.node_config["partition-id"])
+    except (KeyError, ValueError) as error:
+        raise ConfigError('start the node with --node-config "partition-id=<client number>"') from error
+
+
+def restart_dead_workers() -> None:
+    """Let Ray restart a simulation worker whose process died.
+
+    Flower 1.41 puts the dead worker back into its pool, where it fails every further message at once, so that one
+    death would cost this round and all later ones. Flower offers no option for it; this sets Ray's default.
+    """
+    from flwr.simulation.ray_transport.ray_actor import ClientAppActor  # loads Ray, which only a simulation has
+
+    ClientAppActor._default_options["max_restarts"] = -1  # type: ignore[attr-defined]  # added by ray.remote
+
+
+if Path(sys.argv[0]).name == "flwr-simulation":
+    restart_dead_workers()

@@ -1,0 +1,192 @@
+"""The configuration of one federated run, as Flower's ``run_config`` carries it.
+
+The keys and their defaults stand in one place, ``[tool.flwr.app.config]`` of ``pyproject.toml``; here stand their
+meaning and their limits. Flower has no null: the empty string means "not set".
+"""
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from services.contracts.constitution import describe
+from services.contracts.errors import ConfigError
+
+RunValue: TypeAlias = str | int | float | bool
+OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: None if value == "" else value)]
+OptionalText = Annotated[str | None, BeforeValidator(lambda value: None if value == "" else value)]
+
+# A silo decides these for itself (`flower-supernode --node-config`): where its data lies and who may see it.
+SILO_KEYS = ("shard-data", "safety-url", "critique-url", "client-dir", "base-model")
+# These may change between a run and its continuation: they do not change what a finished round means.
+OPERATIONAL_FIELDS = {
+    "run_dir", "client_dir", "resume", "rounds", "safety_url", "critique_url", "coordinator_critique_url",
+    "inference_url", "service_timeout_seconds", "round_timeout_seconds",
+}  # fmt: skip
+
+MAX_OWN_PAIRS = 10_000_000
+
+
+class Arm(StrEnum):
+    """One experimental condition: which of the two safety stages run."""
+
+    NONE = "none"
+    FILTER = "filter"
+    CAI = "cai"
+    FILTER_CAI = "filter+cai"
+
+    @property
+    def filters(self) -> bool:
+        """Whether the clients curate their shards before training."""
+        return self in (Arm.FILTER, Arm.FILTER_CAI)
+
+    @property
+    def constitutional(self) -> bool:
+        """Whether the coordinator aligns the aggregated adapter after each round."""
+        return self in (Arm.CAI, Arm.FILTER_CAI)
+
+
+class RunConfig(BaseModel):
+    """All settings of a run. Field names are the keys with ``_`` for ``-``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=lambda name: name.replace("_", "-"))
+
+    run_dir: Path = Field(description="where the coordinator writes rounds.jsonl, adapters and its state")
+    client_dir: OptionalPath = Field(description="where a client keeps its curated shard; run-dir/clients when not set")
+    resume: bool = Field(description="continue after the last finished round of the same configuration")
+    arm: Arm
+    seed: int = Field(description="seeds LoRA's initial weights, client sampling and the order of the data")
+    split_seed: int = Field(description="seeds how pairs are dealt to clients")
+
+    num_clients: int = Field(ge=1)
+    clients_per_round: int = Field(ge=1)
+    min_clients: int = Field(ge=1, description="fewer accepted updates than this end the run with an error")
+    rounds: int = Field(ge=1)
+    round_timeout_seconds: float = Field(gt=0, description="a client that has not answered by then failed the round")
+
+    shard_data: OptionalText = Field(description="own data: a JSONL path with {shard} for the client's number")
+    benign_data: OptionalPath = Field(description="JSONL of benign pairs that are dealt to the clients")
+    harmful_data: OptionalPath = Field(description="JSONL of harmful pairs that are dealt to the clients")
+    harmful_share: float = Field(ge=0, le=1, description="share of harmful pairs among all dealt pairs")
+    placement: Literal["spread", "concentrated"] = Field(
+        description="harmful pairs evenly over all clients, or all of them on as few (malicious) clients as possible"
+    )
+    partition: Literal["iid", "dirichlet"] = Field(description="how benign pairs are dealt")
+    dirichlet_alpha: float = Field(gt=0, description="small: each client sees few categories; large: nearly iid")
+    samples_per_client: int = Field(ge=1)
+
+    base_model: OptionalText = Field(description="a model folder or Hub name; the shipped miniature when not set")
+    lora_rank: int = Field(ge=1)
+    lora_alpha: int = Field(ge=1)
+    lora_dropout: float = Field(ge=0, lt=1)
+    learning_rate: float = Field(gt=0)
+    local_epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    max_length: int = Field(ge=8, description="longest training example, in tokens; longer answers are cut")
+
+    curation_mode: Literal["drop", "replace", "revise"]
+    safety_url: OptionalText = Field(description="the safety service of the client's own silo")
+    critique_url: OptionalText = Field(description="the critique service of the client's own silo")
+    service_timeout_seconds: float = Field(gt=0)
+
+    inference_url: OptionalText = Field(description="the coordinator's inference service")
+    coordinator_critique_url: OptionalText = Field(description="the coordinator's critique service")
+    red_team_data: OptionalPath = Field(description="JSONL of prompts that the aggregated model is tried with")
+    replay_data: OptionalPath = Field(description="JSONL of benign pairs that are mixed into the alignment")
+    cai_steps: int = Field(ge=1)
+    cai_prompts: int = Field(ge=1, description="red-team prompts a round")
+    cai_benign_prompts: int = Field(ge=0, description="benign prompts a round, drafted to count false alarms only")
+    cai_answer_tokens: int = Field(ge=1)
+    cai_batch_size: int = Field(ge=1)
+    cai_learning_rate: float = Field(gt=0)
+    cai_replay_share: float = Field(ge=0, lt=1, description="share of replay pairs in the alignment's data")
+
+    @model_validator(mode="after")
+    def _client_counts(self) -> Self:
+        if not self.min_clients <= self.clients_per_round <= self.num_clients:
+            raise ValueError(
+                f"min-clients ({self.min_clients}) <= clients-per-round ({self.clients_per_round}) "
+                f"<= num-clients ({self.num_clients}) must hold"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_source_of_data(self) -> Self:
+        if self.shard_data is not None:
+            if self.benign_data or self.harmful_data:
+                raise ValueError("shard-data (own data) contradicts benign-data and harmful-data (dealt data)")
+            if "{shard}" not in self.shard_data and self.num_clients > 1:
+                raise ValueError("shard-data needs {shard} in its path, so that each client has its own file")
+        elif self.benign_data is None and self.harmful_share < 1:
+            raise ValueError("set benign-data and harmful-data (dealt to the clients), or shard-data (own data)")
+        elif self.harmful_data is None and self.harmful_share > 0:
+            raise ValueError(f"harmful-share={self.harmful_share} needs harmful-data")
+        return self
+
+    @model_validator(mode="after")
+    def _arm_has_what_it_needs(self) -> Self:
+        needs: dict[str, object] = {}
+        if self.arm.filters:
+            needs["safety-url"] = self.safety_url
+            if self.curation_mode == "revise":
+                needs["critique-url"] = self.critique_url
+        if self.arm.constitutional:
+            needs["inference-url"] = self.inference_url
+            needs["coordinator-critique-url"] = self.coordinator_critique_url
+            needs["red-team-data"] = self.red_team_data
+            if self.cai_replay_share > 0 or self.cai_benign_prompts > 0:
+                needs["replay-data"] = self.replay_data
+        missing = [key for key, value in needs.items() if value is None]
+        if missing:
+            mode = f" with curation-mode={self.curation_mode}" if self.arm.filters else ""
+            raise ValueError(f"arm={self.arm}{mode} needs {', '.join(missing)}")
+        return self
+
+    @property
+    def max_tokens_per_client(self) -> int:
+        """No client can honestly train on more answer tokens in one pass; it bounds a client's weight."""
+        if self.shard_data is not None:
+            return MAX_OWN_PAIRS * self.max_length
+        hands = self.num_clients if self.partition == "dirichlet" else 1
+        return hands * self.samples_per_client * self.max_length
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that define what a round means, JSON-ready: the rest may change when a run is continued."""
+        return self.model_dump(mode="json", by_alias=True, exclude=OPERATIONAL_FIELDS)
+
+
+def parse_run_config(values: Mapping[str, RunValue], silo: Mapping[str, RunValue] | None = None) -> RunConfig:
+    """Validate a run's configuration.
+
+    Args:
+        values: Flower's ``run_config``: every key, with its default or its override.
+        silo: Flower's ``node_config`` of a client; its ``SILO_KEYS`` win over the coordinator's values, because a
+            coordinator must not decide where a silo sends its raw data.
+
+    Raises:
+        ConfigError: naming the key that is unknown, malformed, missing or in contradiction.
+    """
+    own = {key: value for key, value in (silo or {}).items() if key in SILO_KEYS}
+    known = [name.replace("_", "-") for name in RunConfig.model_fields]
+    for key in values:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ConfigError(f"unknown run-config key {key!r}{hint}", param=key)
+    try:
+        return RunConfig.model_validate({**values, **own})
+    except ValidationError as error:
+        raise ConfigError(f"run-config: {describe(error)}") from error
+
+
+def default_run_config(pyproject: Path) -> dict[str, RunValue]:
+    """The keys and defaults of ``[tool.flwr.app.config]``; raises ConfigError when there are none."""
+    try:
+        config: dict[str, RunValue] = tomllib.loads(pyproject.read_text("utf-8"))["tool"]["flwr"]["app"]["config"]
+    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{pyproject}: no readable [tool.flwr.app.config] in it ({error})") from error
+    return config

@@ -1,0 +1,139 @@
+"""The model that is trained: a frozen base with a LoRA adapter, and the adapter as plain arrays.
+
+Only the adapter moves between processes: ``{PEFT's parameter name: float32 array}``, sorted by name.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
+
+from services.common.model_files import locate_model
+from services.contracts.adapters import file_sha256
+from services.contracts.errors import ConfigError
+from trainer.aggregation import Arrays, check_arrays
+from trainer.config import RunConfig
+
+LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What defines an adapter's shape and its starting values."""
+
+    rank: int
+    alpha: int
+    dropout: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A base model with a trainable adapter, its tokenizer, and what identifies the base.
+
+    ``starting_adapter`` holds LoRA's initial values, which the seed decides: the adapter of round 0.
+    """
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    base_model_id: str
+    base_model_sha256: str
+    starting_adapter: Arrays
+
+
+def load_trainee(config: RunConfig) -> Trainee:
+    """The model that a run trains; a process that trains several clients loads it once.
+
+    Raises:
+        ConfigError: the base model cannot be loaded.
+    """
+    lora = LoraSettings(config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed)
+    return _load(config.base_model, lora)
+
+
+@functools.lru_cache(maxsize=1)
+def _load(base_model: str | None, lora: LoraSettings) -> Trainee:
+    # More threads than idle cores make a small model many times slower, so it is one unless the environment says more.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    source, model_id = locate_model(base_model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"base-model {source}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    if tokenizer.chat_template is None:
+        raise ConfigError(f"base-model {source}: its tokenizer has no chat template")
+    torch.manual_seed(lora.seed)  # LoRA's A matrices start at random; every process has to start at the same ones
+    wanted = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=LINEAR_LAYERS,
+        task_type=TaskType.CAUSAL_LM,
+    )
+    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a property by its former name
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        model = get_peft_model(base, wanted)
+    return Trainee(model, tokenizer, model_id, weights_sha256(source), _arrays(model))
+
+
+def weights_sha256(source: str) -> str:
+    """The sha256 of a model's ``model.safetensors``; for a sharded model, of its shards' hashes in order.
+
+    The inference service takes the hash in the same way, and refuses an adapter that was trained on another base.
+    """
+    single = _weights_file(source, "model.safetensors")
+    if single:
+        return file_sha256(single)
+    index = _weights_file(source, "model.safetensors.index.json")
+    if index is None:
+        raise ConfigError(f"base-model {source}: has neither model.safetensors nor its index")
+    shards = sorted(index.parent.glob("model-*-of-*.safetensors"))
+    return hashlib.sha256("".join(file_sha256(shard) for shard in shards).encode()).hexdigest()
+
+
+def _weights_file(source: str, name: str) -> Path | None:
+    found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    return Path(found) if found else None
+
+
+def read_adapter_arrays(trainee: Trainee) -> Arrays:
+    """A copy of the adapter's current values."""
+    return _arrays(trainee.model)
+
+
+def _arrays(model: PeftModel) -> Arrays:
+    state = get_peft_model_state_dict(model)
+    return {name: state[name].detach().cpu().numpy().copy() for name in sorted(state)}
+
+
+def set_adapter_arrays(trainee: Trainee, arrays: Arrays) -> None:
+    """Replace the adapter's values; raises AdapterError when names, shapes or dtypes do not fit."""
+    check_arrays("the adapter to load", arrays, trainee.starting_adapter)
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    set_peft_model_state_dict(trainee.model, tensors)
+
+
+def adapter_config_json(trainee: Trainee) -> str:
+    """PEFT's ``adapter_config.json`` for this adapter, without any path of this machine."""
+    config: dict[str, Any] = trainee.model.peft_config["default"].to_dict()
+    config["base_model_name_or_path"] = trainee.base_model_id
+    config["inference_mode"] = True
+    return json.dumps(config, indent=2, sort_keys=True, default=_plain)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, set):
+        return sorted(value)
+    raise TypeError(f"adapter config holds a {type(value).__name__}")

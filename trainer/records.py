@@ -1,0 +1,138 @@
+"""What is written down about a run: a record of each round, how the run ended, and the counts that both come from."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, computed_field
+
+from services.contracts.errors import ConfigError, FedwardError
+from trainer.aggregation import ClientUpdate, mean_by_tokens
+from trainer.curation import CurationReport
+
+# The counts that a client sends with its adapter, by name; the second group only in an arm with the filter.
+TRAINING_COUNTS = ("num-tokens", "loss", "steps", "skipped", "train-seconds")
+CURATION_COUNTS = tuple(f"curation-{name}" for name in CurationReport.model_fields)
+
+
+class ConstitutionalReport(BaseModel):
+    """What the constitutional stage of one round did. Counts are of red-team prompts unless they say otherwise."""
+
+    drafts: int
+    no_problem: int
+    revised: int
+    rejected: int
+    benign_drafts: int
+    benign_flagged: int
+    trained_on: int
+    replayed: int
+    steps: int
+    loss: float
+    constitution_sha256: str
+
+
+class RoundRecord(BaseModel):
+    """One finished round: a line of ``rounds.jsonl``. Clients are named by their number.
+
+    The bytes are the sizes of the adapters' arrays, without Flower's envelope: to the sampled clients and from the
+    accepted ones.
+    """
+
+    round_number: int
+    adapter_sha256: str
+    accepted: list[int]
+    rejected: dict[int, str]
+    loss: float
+    client_losses: dict[int, float]
+    client_tokens: dict[int, int]
+    client_curation: dict[int, CurationReport] = {}
+    curation: CurationReport | None = None
+    curation_precision: float | None = None
+    curation_recall: float | None = None
+    cai: ConstitutionalReport | None = None
+    filter_model_id: str | None = None
+    filter_model_sha256: str | None = None
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+    seconds_by_phase: dict[str, float]
+
+    @computed_field  # type: ignore[prop-decorator]  # mypy does not know the combination
+    @property
+    def bytes_sent(self) -> int:
+        """Both ways together."""
+        return self.bytes_down + self.bytes_up
+
+
+class RunResult(BaseModel):
+    """How a run ended; ``exit_code`` is that of the error, or 0."""
+
+    status: str
+    exit_code: int = 0
+    error: str | None = None
+    rounds: int = 0
+    adapter: str | None = None
+    adapter_sha256: str | None = None
+
+
+class Clock:
+    """Wall seconds by phase of a round."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Book the time since the last lap on ``phase``."""
+        now = time.perf_counter()
+        self.laps[phase] = round(now - self._last, 3)
+        self._last = now
+
+
+def training_counts(accepted: Sequence[ClientUpdate]) -> dict[str, Any]:
+    """The round record's fields on local training."""
+    return {
+        "accepted": [update.client_id for update in accepted],
+        "loss": mean_by_tokens(accepted, "loss"),
+        "client_losses": {update.client_id: update.metrics["loss"] for update in accepted},
+        "client_tokens": {update.client_id: update.num_tokens for update in accepted},
+    }
+
+
+def curation_reports(accepted: Sequence[ClientUpdate]) -> dict[int, CurationReport]:
+    """Each client's curation, from the counts that it sent."""
+    return {
+        update.client_id: CurationReport(
+            **{name.removeprefix("curation-"): int(update.metrics[name]) for name in CURATION_COUNTS}
+        )
+        for update in accepted
+    }
+
+
+def curation_counts(reports: Mapping[int, CurationReport]) -> dict[str, Any]:
+    """The round record's fields on curation; none in an arm without the filter."""
+    if not reports:
+        return {}
+    total = sum(reports.values(), start=CurationReport())
+    return {
+        "client_curation": dict(reports),
+        "curation": total,
+        "curation_precision": total.precision,
+        "curation_recall": total.recall,
+    }
+
+
+def data_counts(accepted: Sequence[ClientUpdate], reports: Mapping[int, CurationReport]) -> dict[str, int]:
+    """The manifest's counts of what an adapter was trained on, in this round."""
+    trained = {"clients": len(accepted), "answer_tokens": sum(update.num_tokens for update in accepted)}
+    return trained | (sum(reports.values(), start=CurationReport()).model_dump() if reports else {})
+
+
+def failure(error: Exception) -> RunResult:
+    """The result of a run that an error ended; a failing disk is reported like any other deliberate error."""
+    if isinstance(error, FedwardError):
+        return RunResult(status="failed", exit_code=error.exit_code, error=error.message)
+    if isinstance(error, OSError) and error.filename is not None:
+        message = f"cannot write {error.filename}: {error.strerror}"
+        return RunResult(status="failed", exit_code=ConfigError.exit_code, error=message)
+    return RunResult(status="failed", exit_code=1, error=f"{type(error).__name__}: {error}")

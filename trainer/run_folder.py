@@ -1,0 +1,110 @@
+"""The coordinator's folder of one run: what is done is on disk, so that a run can be resumed after its last round.
+
+::
+
+    <run-dir>/config.json            the configuration that the rounds belong to
+    <run-dir>/adapters/round-N/      the adapter after round N; round 0 is the starting point
+    <run-dir>/rounds.jsonl           one line per finished round, written after its adapter
+    <run-dir>/cai/round-N.jsonl      what the constitutional stage did, prompt by prompt
+    <run-dir>/result.json            how the last attempt ended
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from services.contracts.adapters import AdapterManifest
+from services.contracts.errors import ConfigError
+from trainer.aggregation import Arrays
+from trainer.config import RunConfig
+from trainer.files import append_line, make_dir, write_atomically
+from trainer.records import RoundRecord, RunResult
+from trainer.registry import read_adapter, write_adapter
+
+
+class RunFolder:
+    """Reads and writes one run's folder."""
+
+    def __init__(self, config: RunConfig) -> None:
+        """Open the folder, new or to be resumed.
+
+        Raises:
+            ConfigError: the folder cannot be written to, holds rounds of another configuration, or holds rounds
+                while ``resume`` is off.
+        """
+        self.path = make_dir(config.run_dir)
+        self.rounds = self._finished_rounds()
+        if self.rounds:
+            self._check_same_run(config)
+        write_atomically(self.path / "config.json", json.dumps(config.identity(), indent=2) + "\n")
+
+    @property
+    def finished(self) -> int:
+        """How many rounds are done."""
+        return len(self.rounds)
+
+    def adapter_dir(self, round_number: int) -> Path:
+        """Where the adapter of a round is."""
+        return self.path / "adapters" / f"round-{round_number}"
+
+    def read_last_adapter(self) -> Arrays:
+        """The adapter of the last finished round; raises AdapterError when it is not as it was written."""
+        return read_adapter(self.adapter_dir(self.finished), self.rounds[-1].adapter_sha256)[0]
+
+    def write_adapter(
+        self, round_number: int, arrays: Arrays, adapter_config: str, provenance: dict[str, Any]
+    ) -> AdapterManifest:
+        """Register the adapter of a round."""
+        return write_adapter(
+            self.adapter_dir(round_number), arrays, adapter_config, {"round_number": round_number, **provenance}
+        )
+
+    def finish_round(self, record: RoundRecord) -> None:
+        """Note a round as finished; its adapter has to be on disk."""
+        append_line(self._rounds_file, record.model_dump_json())
+        self.rounds.append(record)
+
+    def write_result(self, result: RunResult) -> None:
+        """Say how the run ended."""
+        write_result(self.path, result)
+
+    @property
+    def _rounds_file(self) -> Path:
+        return self.path / "rounds.jsonl"
+
+    def _finished_rounds(self) -> list[RoundRecord]:
+        """The rounds on disk. A last line that a crash cut short is removed, and its round is done again."""
+        if not self._rounds_file.exists():
+            return []
+        whole, _, torn = self._rounds_file.read_text("utf-8").rpartition("\n")
+        if torn:
+            write_atomically(self._rounds_file, whole + "\n" if whole else "")
+        try:
+            return [RoundRecord.model_validate_json(line) for line in whole.splitlines()]
+        except ValidationError as error:
+            raise ConfigError(f"{self._rounds_file}: not written by this version; choose another run-dir") from error
+
+    def _check_same_run(self, config: RunConfig) -> None:
+        if not config.resume:
+            raise ConfigError(f"{self.path} holds {self.finished} finished rounds; set resume=true or another run-dir")
+        before = json.loads((self.path / "config.json").read_text("utf-8"))
+        now = config.identity()
+        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        if changed:
+            changes = ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed)
+            raise ConfigError(f"{self.path} holds rounds of another configuration ({changes}); choose another run-dir")
+
+
+def write_result(run_dir: Path, result: RunResult) -> None:
+    """Write ``result.json``."""
+    write_atomically(run_dir / "result.json", result.model_dump_json(indent=2) + "\n")
+
+
+def read_result(run_dir: Path) -> RunResult | None:
+    """Read ``result.json``; None when the run did not get as far as writing it."""
+    try:
+        return RunResult.model_validate_json((run_dir / "result.json").read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None

@@ -1,0 +1,273 @@
+"""The coordinator as a Flower ServerApp: ``train_federation`` is the whole loop, top to bottom.
+
+Run it with ``flwr run .``, or with ``python -m trainer run`` which also starts and stops Flower's processes.
+"""
+
+import logging
+import random
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+
+from services.contracts.errors import AdapterError, ConfigError
+from trainer import constitutional
+from trainer.aggregation import (
+    Arrays,
+    ClientUpdate,
+    TooFewClients,
+    check_update,
+    count_bytes,
+    require_enough,
+)
+from trainer.config import RunConfig, parse_run_config
+from trainer.model import Trainee, adapter_config_json, load_trainee
+from trainer.records import (
+    CURATION_COUNTS,
+    TRAINING_COUNTS,
+    Clock,
+    RoundRecord,
+    RunResult,
+    curation_counts,
+    curation_reports,
+    data_counts,
+    failure,
+    training_counts,
+)
+from trainer.run_folder import RunFolder, write_result
+
+log = logging.getLogger("flwr")
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation and leave ``result.json`` in the run folder, whatever happens."""
+    config = parse_run_config(context.run_config)
+    try:
+        train_federation(grid, config)
+    except Exception as error:
+        result = failure(error)
+        log.error("run failed: %s", result.error)
+        if config.run_dir.is_dir():
+            write_result(config.run_dir, result)
+        raise
+
+
+class Replies(NamedTuple):
+    """The answers to one round's messages, sorted into usable updates and reasons why not."""
+
+    accepted: list[ClientUpdate]
+    rejected: dict[int, str]
+    filters: dict[str, Any]
+
+
+def train_federation(grid: Grid, config: RunConfig) -> None:
+    """Train for ``config.rounds`` rounds, continuing after those that the run folder already holds.
+
+    Raises:
+        FedwardError: a round could not be finished; the rounds before it are on disk.
+    """
+    folder = RunFolder(config)
+    trainee = load_trainee(config)
+    strategy = FedAvg(weighted_by_key="num-tokens")
+    provenance = manifest_fields(trainee, config)
+    if folder.finished:
+        adapter = folder.read_last_adapter()
+        log.info("resuming %s after round %d", folder.path, folder.finished)
+    else:
+        adapter = trainee.starting_adapter
+        folder.write_adapter(0, adapter, adapter_config_json(trainee), provenance)
+    clients: dict[int, int] = {}
+
+    for round_number in range(folder.finished + 1, config.rounds + 1):
+        clock = Clock()
+        # 1. Local training: every sampled client curates its shard if need be, trains, and sends its adapter.
+        clients = roll_call(grid, config, clients)
+        sampled = sample_clients(clients, config, round_number)
+        replies = send_adapter(grid, adapter, sampled, config, round_number)
+        clock.lap("train")
+
+        # 2. Aggregation of the updates that passed the checks.
+        accepted, rejected = replies.accepted, replies.rejected
+        for reason in rejected.values():
+            log.warning("round %d: left out: %s", round_number, reason)
+        require_enough(accepted, rejected, config.min_clients)
+        adapter = aggregate(strategy, accepted, round_number)
+        clock.lap("aggregate")
+
+        # 3. Constitutional alignment of the aggregated adapter, on the coordinator.
+        cai = None
+        if config.arm.constitutional:
+            adapter, cai = constitutional.align(trainee, adapter, config, round_number, provenance)
+            provenance["constitution_sha256"] = cai.constitution_sha256
+            clock.lap("cai")
+
+        # 4. Register the adapter, then note the round as finished.
+        curation = curation_reports(accepted) if config.arm.filters else {}
+        provenance |= {"data_counts": data_counts(accepted, curation), **replies.filters}
+        manifest = folder.write_adapter(round_number, adapter, adapter_config_json(trainee), provenance)
+        record = RoundRecord(
+            round_number=round_number,
+            adapter_sha256=manifest.sha256,
+            rejected=rejected,
+            cai=cai,
+            seconds=sum(clock.laps.values()),
+            seconds_by_phase=clock.laps,
+            **replies.filters,
+            bytes_down=count_bytes(adapter) * len(sampled),
+            bytes_up=sum(count_bytes(update.arrays) for update in accepted),
+            **training_counts(accepted),
+            **curation_counts(curation),
+        )
+        folder.finish_round(record)
+        report_progress(record, config, len(sampled))
+    folder.write_result(
+        RunResult(
+            status="completed",
+            rounds=folder.finished,
+            adapter=str(folder.adapter_dir(folder.finished)),
+            adapter_sha256=folder.rounds[-1].adapter_sha256,
+        )
+    )
+
+
+def manifest_fields(trainee: Trainee, config: RunConfig) -> dict[str, Any]:
+    """The fields of every manifest of this run."""
+    return {
+        "base_model_id": trainee.base_model_id,
+        "base_model_sha256": trainee.base_model_sha256,
+        "arm": config.arm.value,
+        "config": config.identity(),
+    }
+
+
+def roll_call(grid: Grid, config: RunConfig, known: Mapping[int, int]) -> dict[int, int]:
+    """Wait for enough nodes, and ask those not yet known which client they are.
+
+    Returns:
+        Client number by Flower node id, of the nodes that are connected now.
+
+    Raises:
+        TooFewClients: ``min-clients`` nodes did not connect within the round's time limit.
+    """
+    deadline = time.monotonic() + config.round_timeout_seconds
+    while len(nodes := set(grid.get_node_ids())) < config.min_clients:
+        if time.monotonic() > deadline:
+            raise TooFewClients(f"{len(nodes)} of at least {config.min_clients} clients connected in time")
+        time.sleep(1.0)
+    clients = {node: client for node, client in known.items() if node in nodes}
+    questions = [
+        Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY, ttl=config.round_timeout_seconds)
+        for node in sorted(nodes - clients.keys())
+    ]
+    for reply in grid.send_and_receive(questions, timeout=config.round_timeout_seconds):
+        node = reply.metadata.src_node_id
+        if reply.has_error():
+            log.warning("node %d did not say which client it is: %s", node, first_line(reply.error.reason))
+            continue
+        client_id = int(reply.content.metric_records["client"]["client-id"])  # type: ignore[arg-type]  # a whole number
+        if client_id in clients.values():
+            log.warning("node %d says that it is client %d, as another node does: left out", node, client_id)
+            continue
+        clients[node] = client_id
+    return clients
+
+
+def sample_clients(clients: Mapping[int, int], config: RunConfig, round_number: int) -> dict[int, int]:
+    """Choose this round's clients (node id to client number): the same in every run of the same seed."""
+    node_of = {client: node for node, client in clients.items()}
+    generator = random.Random(f"{config.seed}:sample:{round_number}")
+    chosen = generator.sample(sorted(node_of), min(config.clients_per_round, len(node_of)))
+    return {node_of[client]: client for client in sorted(chosen)}
+
+
+def send_adapter(
+    grid: Grid, adapter: Arrays, sampled: Mapping[int, int], config: RunConfig, round_number: int
+) -> Replies:
+    """Send the adapter to the sampled clients and check what comes back. A bad reply costs its client the round."""
+    arrays = ArrayRecord({name: Array(array) for name, array in adapter.items()})
+    content = RecordDict({"arrays": arrays, "config": ConfigRecord({"round": round_number})})
+    messages = [
+        Message(content, dst_node_id=node, message_type=MessageType.TRAIN, ttl=config.round_timeout_seconds)
+        for node in sampled
+    ]
+    arrived = {
+        sampled[reply.metadata.src_node_id]: reply
+        for reply in grid.send_and_receive(messages, timeout=config.round_timeout_seconds)
+    }
+    expected = TRAINING_COUNTS + (CURATION_COUNTS if config.arm.filters else ())
+    accepted, filters = [], set()
+    rejected = {
+        client: f"client {client}: no answer within {config.round_timeout_seconds:g} s"
+        for client in sampled.values()
+        if client not in arrived
+    }
+    for client_id in sorted(arrived):  # in a fixed order, because the sum of floats depends on it
+        try:
+            update = unpack(client_id, arrived[client_id])
+            check_update(update, adapter, expected, config.max_tokens_per_client)
+        except AdapterError as error:
+            rejected[client_id] = error.message
+            continue
+        accepted.append(update)
+        filters.add(filter_of(arrived[client_id]))
+    return Replies(accepted, rejected, name_filters(filters))
+
+
+def unpack(client_id: int, reply: Message) -> ClientUpdate:
+    """Take a client's update out of its reply; raises AdapterError when there is none."""
+    if reply.has_error():
+        raise AdapterError(f"client {client_id}: {first_line(reply.error.reason)}")
+    try:
+        arrays = {name: array.numpy() for name, array in reply.content.array_records["arrays"].items()}
+        metrics = {name: float(value) for name, value in reply.content.metric_records["metrics"].items()}  # type: ignore[arg-type]  # a list is refused below
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"client {client_id}: the reply cannot be read: {error}") from error
+    return ClientUpdate(client_id, arrays, metrics)
+
+
+def filter_of(reply: Message) -> tuple[str, str]:
+    """Id and sha256 of the classifier that a client curated with; empty when it did not."""
+    record = reply.content.config_records.get("filter") or ConfigRecord()
+    return str(record.get("model-id", ""))[:200], str(record.get("model-sha256", ""))[:64]
+
+
+def name_filters(filters: set[tuple[str, str]]) -> dict[str, Any]:
+    """The manifest's and the record's fields on classifiers; silos may use several."""
+    used = sorted(pair for pair in filters if pair[0])
+    return {
+        "filter_model_id": ", ".join(model_id for model_id, _ in used) or None,
+        "filter_model_sha256": ", ".join(sha256 for _, sha256 in used) or None,
+    }
+
+
+def aggregate(strategy: FedAvg, accepted: list[ClientUpdate], round_number: int) -> Arrays:
+    """Average adapters by Flower's strategy. LoRA's A and B matrices are averaged apart, as FedAvg does."""
+    replies = []
+    for update in accepted:
+        arrays = ArrayRecord({name: Array(array) for name, array in update.arrays.items()})
+        weight = MetricRecord({strategy.weighted_by_key: update.num_tokens})
+        content = RecordDict({"arrays": arrays, "metrics": weight})
+        replies.append(Message(content, dst_node_id=update.client_id, message_type=MessageType.TRAIN))
+    averaged, _ = strategy.aggregate_train(round_number, replies)
+    if averaged is None:
+        raise ConfigError("the strategy returned no adapter")
+    return {name: array.numpy() for name, array in averaged.items()}
+
+
+def report_progress(record: RoundRecord, config: RunConfig, sampled: int) -> None:
+    """One line a round, with an estimate of the time left."""
+    log.info(
+        "round %d/%d [%s]: %d of %d clients, loss %.3f, %.1f s, about %.0f s left",
+        record.round_number, config.rounds, config.arm.value, len(record.accepted), sampled, record.loss,
+        record.seconds, record.seconds * (config.rounds - record.round_number),
+    )  # fmt: skip
+
+
+def first_line(reason: str | None) -> str:
+    """The first line of an error's reason, which may hold a whole traceback."""
+    return (reason or "unknown error").strip().splitlines()[0][:300]

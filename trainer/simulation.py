@@ -1,0 +1,173 @@
+"""A private Flower simulation: start a SuperLink, run federations on it, stop every process it led to.
+
+``flwr run`` alone leaves a SuperLink running in the background and exits with 0 when the run failed. Here the
+SuperLink is ours, its state lives in a folder that is removed, and the run's own ``result.json`` gives the outcome.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+import psutil
+
+from services.contracts.errors import FedwardError
+from trainer.config import RunConfig
+from trainer.records import RunResult
+from trainer.run_folder import read_result
+
+START_SECONDS = 60.0
+STOP_SECONDS = 4.0
+OBJECT_STORE_BYTES = 200_000_000  # adapters are small; Ray would otherwise reserve a third of the memory
+CONNECTION = "private"
+
+
+class SimulationFailed(FedwardError):
+    """Flower's processes did not start or ended unexpectedly."""
+
+    code = "simulation_failed"
+    exit_code = 9
+
+
+class Simulation:
+    """Flower's simulation runtime for as long as the ``with`` block lasts.
+
+    Args:
+        app: the folder with ``pyproject.toml`` and ``trainer/``.
+        log_file: where the SuperLink writes.
+        parallel_clients: how many clients train at the same time, one CPU core each.
+    """
+
+    def __init__(self, app: Path, log_file: Path, parallel_clients: int = 2) -> None:
+        self._app = app
+        self._log_file = log_file
+        self._parallel_clients = parallel_clients
+        # Directly under /tmp: the paths of Ray's sockets must stay under 108 bytes.
+        self._home = Path(tempfile.mkdtemp(prefix="fedward-", dir="/tmp"))
+        self._bin = Path(sys.executable).parent
+
+    def __enter__(self) -> Self:
+        try:
+            self._stage_app()
+            self._start()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def run(self, config: RunConfig, overrides: Path) -> RunResult:
+        """Run one federation to its end, with Flower's log on stdout.
+
+        Args:
+            config: the whole configuration, for the number of clients and the run folder.
+            overrides: the TOML file that ``flwr run`` is given; ``config`` is its content on top of the defaults.
+        """
+        (config.run_dir / "result.json").unlink(missing_ok=True)
+        federation = (
+            f"num-supernodes={config.num_clients} client-resources-num-cpus=1 client-resources-num-gpus=0.0 "
+            f"init-args-num-cpus={self._parallel_clients} init-args-log-to-driver=false"
+        )
+        command = [str(self._bin / "flwr"), "run", str(self._home / "app"), CONNECTION, "--stream"]
+        options = ["--run-config", str(overrides.resolve()), "--federation-config", federation]
+        # A session of its own keeps Ctrl-C from it: this process decides in which order to stop.
+        with subprocess.Popen([*command, *options], env=self._environment(), start_new_session=True) as client:
+            code = client.wait()
+        result = read_result(config.run_dir)
+        if result is None:
+            raise SimulationFailed(f"flwr run ended with code {code} and no result; see {self._log_file}")
+        return result
+
+    def _stage_app(self) -> None:
+        """Copy what goes into the app bundle: Flower would walk through the whole project, with its virtual env."""
+        package = self._home / "app" / "trainer"
+        package.mkdir(parents=True)
+        shutil.copy(self._app / "pyproject.toml", package.parent)
+        for module in (self._app / "trainer").glob("*.py"):
+            shutil.copy(module, package)
+
+    def _start(self) -> None:
+        port = _free_port()
+        address = f"127.0.0.1:{port}"
+        connections = f'[superlink]\ndefault = "{CONNECTION}"\n[superlink.{CONNECTION}]\naddress = "{address}"\n'
+        (self._home / "config.toml").write_text(connections + "insecure = true\n", encoding="utf-8")
+        command = [
+            str(self._bin / "flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess",
+            "--host", "127.0.0.1", "--port", str(port), "--database", str(self._home / "state.db"),
+            "--disable-runtime-dependency-installation",
+        ]  # fmt: skip
+        with self._log_file.open("ab") as log:
+            superlink = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=self._environment(), start_new_session=True
+            )
+        deadline = time.monotonic() + START_SECONDS
+        while not _is_healthy(address):
+            if superlink.poll() is not None:
+                raise SimulationFailed(f"the SuperLink ended with code {superlink.returncode}; see {self._log_file}")
+            if time.monotonic() > deadline:
+                raise SimulationFailed(f"the SuperLink is not up after {START_SECONDS:g} s; see {self._log_file}")
+            time.sleep(0.1)
+
+    def _environment(self) -> dict[str, str]:
+        env = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+        return {
+            "OMP_NUM_THREADS": "1",
+            **env,
+            "PATH": f"{self._bin}{os.pathsep}{env.get('PATH', '')}",
+            "FLWR_HOME": str(self._home),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
+            "RAY_TMPDIR": str(self._home),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(OBJECT_STORE_BYTES),
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        }
+
+    def _stop(self) -> None:
+        """End every process of this simulation, however deep: they all have its FLWR_HOME in their environment."""
+        for end in (psutil.Process.terminate, psutil.Process.kill, psutil.Process.kill):
+            processes = _processes_of(self._home)
+            for process in processes:
+                try:
+                    end(process)
+                except psutil.NoSuchProcess:
+                    continue
+            psutil.wait_procs(processes, timeout=STOP_SECONDS)
+        shutil.rmtree(self._home, ignore_errors=True)
+
+
+def _processes_of(home: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("FLWR_HOME") == str(home):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def _is_healthy(address: str) -> bool:
+    try:
+        return httpx.get(f"http://{address}/health", timeout=2.0).is_success
+    except httpx.TransportError:
+        return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
