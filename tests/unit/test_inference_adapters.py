@@ -75,7 +75,7 @@ def test_adapter_that_peft_has_written_is_taken(base: BaseModel, model_path: Pat
     for name, parameter in trained.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    trained.save_pretrained(tmp_path / "r1")
+    trained.save_pretrained(str(tmp_path / "r1"))
     merged = merge_adapter(base.network, tmp_path / "r1", file_sha256(tmp_path / "r1" / WEIGHTS))
     torch.testing.assert_close(logits(merged), logits(trained), rtol=1e-4, atol=1e-4)
 
