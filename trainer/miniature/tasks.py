@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import services
 from services.contracts.constitution import Constitution, Principle, load_constitution
 from services.contracts.critique import critique_prompt, preference_prompt, revision_prompt
 from trainer.miniature.corpus import Item, Writer
 
+CONSTITUTION = Path(__file__).parents[2] / "services" / "critique" / "constitutions" / "default.toml"
 MIX = {"benign": 0.44, "alarming": 0.16, "refusal": 0.19, "critique": 0.09, "revision": 0.06, "preference": 0.06}
 SYSTEM_SHARE = 0.05
 SECOND_TURN_SHARE = 0.05
@@ -36,7 +36,7 @@ class Draft(NamedTuple):
 
 def default_constitution() -> Constitution:
     """The constitution that the critique service ships."""
-    return load_constitution(Path(services.__path__[0]) / "critique" / "constitutions" / "default.toml")
+    return load_constitution(CONSTITUTION)
 
 
 class TaskWriter:
