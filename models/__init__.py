@@ -1,0 +1,1 @@
+"""The weights that Fedward ships: data files only."""
