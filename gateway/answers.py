@@ -1,9 +1,10 @@
 """What a client gets: completions, chunks, and what stands in place of a blocked answer.
 
 Everything that leaves is built here from named fields, so that a field which nobody checked (reasoning, tool calls,
-log-probabilities) cannot slip through from upstream.
+log-probabilities) cannot slip through from upstream. The few names among them have to look like names.
 """
 
+import re
 import time
 import uuid
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from dataclasses import dataclass
 from gateway.chat import Chat
 from gateway.policy import Decision
 from services.contracts.chat import ChatChunk, ChatCompletion, Json, Usage
-from services.contracts.errors import ErrorDetail
+from services.contracts.errors import ErrorDetail, UpstreamUnavailable
 
 REFUSAL = "I'm sorry, but I can't help with that."
+_NAME = re.compile(r"[A-Za-z0-9._:/@+-]{1,200}")
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,10 @@ class Head:
 
     @classmethod
     def of(cls, answer: ChatCompletion | ChatChunk) -> "Head":
-        """As the inference service gave them."""
+        """As the inference service gave them; raises UpstreamUnavailable when it gave something else than names."""
+        for name in (answer.id, answer.model, answer.system_fingerprint):
+            if name and not _NAME.fullmatch(name):
+                raise UpstreamUnavailable("inference", "sent text where the id or name of an answer should be")
         return cls(answer.id, answer.created, answer.model, answer.system_fingerprint)
 
     @classmethod

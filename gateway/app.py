@@ -10,10 +10,11 @@ from fastapi.responses import JSONResponse, Response
 from gateway.chat import read_chat
 from gateway.pipeline import Pipeline
 from gateway.readiness import Readiness
-from gateway.responses import CLIENT_GONE, EventStream, decision_header, while_connected
+from gateway.responses import EventStream, decision_header
 from gateway.settings import GatewaySettings
 from gateway.upstreams import INFERENCE, SAFETY, PassedOn, Upstreams
 from services.common.app import create_app
+from services.common.connections import while_connected
 
 
 def build_app(settings: GatewaySettings) -> FastAPI:
@@ -38,8 +39,6 @@ def build_app(settings: GatewaySettings) -> FastAPI:
         if chat.stream:
             return EventStream(pipeline.stream(chat))
         answer = await while_connected(request.receive, pipeline.answer(chat))
-        if answer is None:
-            return Response(status_code=CLIENT_GONE)
         return JSONResponse(answer, headers=decision_header(answer))
 
     @app.get("/v1/models", tags=["openai"], response_model=None)

@@ -1,7 +1,7 @@
 """What a client may ask: reading a chat request, and refusing what would pass the checks unseen."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,10 @@ from services.contracts.chat import ChatMessage, ChatRequest, Json
 from services.contracts.constitution import describe
 from services.contracts.errors import PromptTooLong, RequestError
 
-# Fields that carry text to the model, or from it, past the checks of this version.
-UNCHECKED_FIELDS = (
-    *("tools", "tool_choice", "functions", "function_call", "logprobs", "top_logprobs", "prompt_logprobs", "echo"),
-    *("prediction", "documents", "chat_template", "chat_template_kwargs", "tool_prompt", "prompt", "suffix", "audio"),
-    *("modalities", "response_format", "grammar", "structured_outputs", "web_search_options", "return_token_ids"),
-    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "best_of"),
-)
+# Numbers and switches that ask for text beside the answer, which would go unchecked.
+UNCHECKED_FIELDS = ("logprobs", "top_logprobs", "prompt_logprobs", "echo", "best_of", "return_token_ids")
+# What OpenAI's clients may send along for OpenAI's own bookkeeping; it says nothing to the model and is left out.
+IGNORED_FIELDS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,6 @@ class Chat:
 
     model: str
     messages: tuple[ChatMessage, ...]
-    other_text: str
     stream: bool
     content: bytes
 
@@ -42,16 +38,13 @@ def has_words(text: str) -> bool:
 
 
 def read_chat(raw: Json, *, message_limit: int, prompt_limit: int) -> Chat:
-    """Read the body of a chat request; unknown fields are kept and go upstream.
+    """Read the body of a chat request. Of the fields that the contract does not know, numbers and switches go upstream.
 
     Raises:
         RequestError: a field is malformed, or is one that this gateway does not check; the error names it.
         PromptTooLong: the conversation has more than ``prompt_limit`` characters.
     """
     fields = {name: value for name, value in raw.items() if value is not None}
-    for name in UNCHECKED_FIELDS:
-        if fields.get(name):
-            raise RequestError(f"{name}: not supported, since its text would go unchecked; leave it out", param=name)
     if isinstance(fields.get("messages"), list):
         if len(fields["messages"]) > message_limit:
             raise RequestError(f"messages: at most {message_limit} in one conversation", param="messages")
@@ -68,20 +61,38 @@ def read_chat(raw: Json, *, message_limit: int, prompt_limit: int) -> Chat:
 
 def _bounded(request: ChatRequest, fields: Json, prompt_limit: int) -> Chat:
     messages = tuple(ChatMessage(role=message.role, content=message.content or "") for message in request.messages)
-    unknown = {name: value for name, value in fields.items() if name not in ChatRequest.model_fields}
-    other_text = "\n".join(_prose(unknown))
-    total = sum(len(message.content or "") for message in messages) + len(other_text)
+    total = sum(len(message.content or "") for message in messages)
     if total > prompt_limit:
         raise PromptTooLong(f"messages: {total} characters; at most {prompt_limit} are accepted", param="messages")
     if not any(map(has_words, _asked(messages))):
         raise RequestError("messages: there are no words to answer", param="messages")
-    body = {name: value for name, value in fields.items() if name != "n"}
+    body = {name: value for name, value in fields.items() if name in ChatRequest.model_fields and name != "n"}
+    body |= _options(fields)
     body |= {"messages": [message.model_dump() for message in messages], "stream": request.stream}
     try:
         content = json.dumps(body, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
     except ValueError as error:
         raise RequestError("the body holds NaN, Infinity or half a surrogate pair; JSON has none of these") from error
-    return Chat(request.model, messages, other_text, request.stream, content)
+    return Chat(request.model, messages, request.stream, content)
+
+
+def _options(fields: Json) -> Json:
+    """The fields beside the contract's that go upstream: no text is among them, whatever a server makes of a field.
+
+    Raises:
+        RequestError: a field holds text or a structure, or asks for output beside the answer.
+    """
+    options: Json = {}
+    for name, value in fields.items():
+        if name in ChatRequest.model_fields or name in IGNORED_FIELDS:
+            continue
+        if name == "stream_options" and isinstance(value, dict):
+            options[name] = {"include_usage": value.get("include_usage") is True}
+        elif isinstance(value, bool | int | float) and name not in UNCHECKED_FIELDS:
+            options[name] = value
+        elif value:
+            raise RequestError(f"{name}: not supported, since its text would go unchecked; leave it out", param=name)
+    return options
 
 
 def _asked(messages: Sequence[ChatMessage]) -> list[str]:
@@ -106,16 +117,3 @@ def _part_text(place: str, part: Any) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     raise RequestError(f"{place}: only text parts are supported; nothing else can be checked", param=place)
-
-
-def _prose(value: Any) -> Iterator[str]:
-    """Every string with a space in it, keys included: an unknown field might carry a prompt to the model."""
-    waiting = [value]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, str) and " " in item.strip():
-            yield item
-        elif isinstance(item, dict):
-            waiting += [*item.keys(), *item.values()]
-        elif isinstance(item, list):
-            waiting += item

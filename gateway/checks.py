@@ -37,8 +37,6 @@ def prompt_items(chat: Chat, size: int) -> list[ClassifyItem]:
             items += [ClassifyItem(prompt=part) for part in windows(text, size)]
             asked.append(text)
             before = text[-size:]
-    if chat.other_text:
-        asked.append(chat.other_text)
     if len(asked) > 1:
         items += [ClassifyItem(prompt=part) for part in windows("\n".join(asked), size)]
     return items

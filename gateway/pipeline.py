@@ -24,10 +24,10 @@ from gateway.metrics import DECISIONS, Ledger
 from gateway.policy import Action, Decision, Direction, Policy, decide
 from gateway.settings import GatewaySettings
 from gateway.streaming import CheckedAnswer
-from gateway.upstreams import Upstreams
+from gateway.upstreams import PassedOn, Upstreams
 from services.common.logs import get_logger
 from services.contracts.chat import Json, Usage
-from services.contracts.errors import FedwardError
+from services.contracts.errors import FedwardError, Overloaded
 from services.contracts.verdicts import ClassifyItem
 
 T = TypeVar("T")
@@ -40,30 +40,34 @@ class Pipeline:
     def __init__(self, upstreams: Upstreams, settings: GatewaySettings) -> None:
         self._upstreams = upstreams
         self._settings = settings
+        self._busy = 0
         self._policy = Policy(settings.prompt_threshold, settings.response_threshold)
 
     async def answer(self, chat: Chat) -> Json:
         """A whole answer, or the refusal in its place; raises a FedwardError when it cannot be made or checked."""
         ledger = Ledger()
-        async with _beside(self._upstreams.complete(chat.content)) as generation:
-            decision = await self._decide_prompt(chat)
-            ledger.record(decision)
-            if not decision.allowed:
-                return blocked_completion(Head.own(chat), decision, NO_TOKENS)  # leaving cancels the generation
-            answer = await generation
+        async with self._place(chat):
+            async with _beside(self._upstreams.complete(chat.content)) as generation:
+                decision = await self._decide_prompt(chat)
+                ledger.record(decision)
+                if not decision.allowed:
+                    return blocked_completion(Head.own(chat), decision, NO_TOKENS)  # leaving cancels the generation
+                answer = await generation
 
-        text = answer.choices[0].message.content or ""
-        decision = await self._decide_response(chat, text)
-        ledger.record(decision, len(text))
-        if not decision.allowed:
-            return blocked_completion(Head.of(answer), decision, answer.usage)
-        return completion(Head.of(answer), ledger.release(text), answer.choices[0].finish_reason, answer.usage)
+            text = answer.choices[0].message.content or ""
+            decision = await self._decide_response(chat, text)
+            ledger.record(decision, len(text))
+            if not decision.allowed:
+                return blocked_completion(Head.of(answer), decision, answer.usage)
+            return completion(Head.of(answer), ledger.release(text), answer.choices[0].finish_reason, answer.usage)
 
     async def stream(self, chat: Chat) -> AsyncGenerator[Json, None]:
         """The events of a streamed answer, of which the last says how it ended; raises as ``answer`` does."""
         ledger, first = Ledger(), True
-        chunks = self._upstreams.stream(chat.content)
-        async with CheckedAnswer(chunks, lambda text: self._decide_response(chat, text), self._settings) as answer:
+        checked = CheckedAnswer(
+            self._upstreams.stream(chat.content), lambda text: self._decide_response(chat, text), self._settings
+        )
+        async with self._place(chat), checked as answer:
             decision = await self._decide_prompt(chat)
             ledger.record(decision)
             if decision.allowed:
@@ -84,6 +88,26 @@ class Pipeline:
         yield chunk(head, first=first, finish_reason=answer.finish_reason)
         if answer.usage:
             yield usage_chunk(head, answer.usage)
+
+    @asynccontextmanager
+    async def _place(self, chat: Chat) -> AsyncIterator[None]:
+        """One of the places for requests at work. What the inference service says when it refuses is checked as well.
+
+        Raises:
+            Overloaded: no place is free.
+            PassedOn: the inference service refused; without its words when they are unsafe.
+        """
+        if self._busy >= self._settings.requests_in_flight:
+            raise Overloaded(f"{self._busy} requests are at work, which is the limit; try again later")
+        self._busy += 1
+        try:
+            yield
+        except PassedOn as refusal:
+            if not (await self._decide_response(chat, refusal.words())).allowed:
+                raise refusal.without_detail() from refusal
+            raise
+        finally:
+            self._busy -= 1
 
     async def _decide_prompt(self, chat: Chat) -> Decision:
         return await self._decide(prompt_items(chat, self._settings.window_characters), Direction.PROMPT)

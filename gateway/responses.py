@@ -1,45 +1,23 @@
-"""Answers on the way to the client: event streams, and giving up work when the client goes away."""
+"""Answers on the way to the client: the decision header, and event streams."""
 
-import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gateway.policy import Action
 from gateway.sse import DONE, encode
+from services.common.connections import ClientLeft, while_connected
 from services.common.logs import get_logger
 from services.contracts.chat import Json
 from services.contracts.errors import FedwardError
-
-T = TypeVar("T")
-CLIENT_GONE = 499  # nginx's number for it; only metrics and logs ever see it
 
 
 def decision_header(answer: Json) -> dict[str, str]:
     """The header that names the decision on an answer, or on the first event of a stream."""
     action = Action.REFUSE if "fedward" in answer else Action.ALLOW
     return {"x-fedward-decision": action.value}
-
-
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
-    """Do ``work`` as long as the client is there; when it goes, cancel the work and return None."""
-    working = asyncio.create_task(work)
-    leaving = asyncio.create_task(_disconnected(receive))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
-    finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 class EventStream(Response):
@@ -59,10 +37,13 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until they end or the client goes away."""
-        if await while_connected(receive, self._send_all(send)) is None and not self._started:
-            await send({"type": "http.response.start", "status": CLIENT_GONE, "headers": []})
+        try:
+            await while_connected(receive, self._send_all(send))
+        except ClientLeft:
+            if not self._started:
+                raise
 
-    async def _send_all(self, send: Send) -> bool:
+    async def _send_all(self, send: Send) -> None:
         try:
             async with aclosing(self._events) as events:
                 async for event in events:
@@ -75,7 +56,6 @@ class EventStream(Response):
                 raise
             get_logger().warning("stream ended by an error", error=error.message)
             await _send_body(send, encode(error.body()), more=False)
-        return True
 
     async def _start(self, send: Send, first: Json) -> None:
         self.headers.update(decision_header(first))

@@ -173,8 +173,14 @@ class CheckedAnswer:
             self._cut_characters += len(unit)
             task = asyncio.create_task(self._in_turn(self.text[start : self._cut_characters]))
             self._checks.add(task)
-            task.add_done_callback(self._checks.discard)
+            task.add_done_callback(self._check_done)
             self._units.put_nowait((unit, task))
+
+    def _check_done(self, task: asyncio.Task[Decision]) -> None:
+        """Look at the outcome: nobody else does when the answer ends before the unit's turn, and asyncio complains."""
+        self._checks.discard(task)
+        if not task.cancelled():
+            task.exception()
 
     async def _in_turn(self, text: str) -> Decision:
         async with self._slots:

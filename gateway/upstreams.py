@@ -1,7 +1,8 @@
 """The two services behind the gateway. Every failure becomes one error that names the service and quotes nothing.
 
-Nothing is quoted because the body of a failed answer may hold text that no verdict covers; only a clean 4xx is
-passed on. Each service has one client that lives as long as the app (a new one per request costs 20 times as much).
+Nothing is quoted because the body of a failed answer may hold text that no verdict covers; only the error body of a
+4xx is passed on, and that of the inference service only after a check (``pipeline.py``). Each service has one client
+that lives as long as the app (a new one per request costs 20 times as much).
 """
 
 import asyncio
@@ -16,8 +17,9 @@ from gateway.metrics import CHECK_SECONDS, UPSTREAM_CANCELLATIONS
 from gateway.policy import Direction
 from gateway.settings import GatewaySettings
 from gateway.sse import DONE, EventTooLarge, SseParser
+from services.common.http import unavailable
 from services.contracts.chat import ChatChunk, ChatCompletion, Json
-from services.contracts.errors import ErrorBody, UpstreamRejected, UpstreamUnavailable
+from services.contracts.errors import ErrorBody, ErrorDetail, UpstreamRejected, UpstreamUnavailable
 from services.contracts.verdicts import ClassifyItem, ClassifyRequest, ClassifyResponse, Verdict
 
 INFERENCE = "inference"
@@ -32,14 +34,22 @@ _LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=100, keep
 class PassedOn(UpstreamRejected):
     """A service refused the client's request: the client gets the same status, and the error body if it is proper."""
 
-    def __init__(self, upstream: str, status: int) -> None:
+    def __init__(self, upstream: str, status: int, detail: ErrorDetail | None = None) -> None:
         super().__init__(upstream, f"answered HTTP {status}")
         self.status = status
-        self.content: Json = super().body()
+        self.detail = detail
 
     def body(self) -> Json:
         """The service's own error body where it gave one."""
-        return self.content
+        return ErrorBody(error=self.detail).model_dump() if self.detail else super().body()
+
+    def words(self) -> str:
+        """All text of the service's error body."""
+        return "\n".join(str(value) for value in self.detail.model_dump().values() if value) if self.detail else ""
+
+    def without_detail(self) -> "PassedOn":
+        """The same refusal in our own words."""
+        return PassedOn(self.upstream, self.status)
 
 
 class Upstreams:
@@ -128,7 +138,7 @@ class Upstreams:
                     await _raise_for(name, response)
                 yield response
         except httpx.RequestError as error:
-            raise UpstreamUnavailable(name, _reason(error)) from error
+            raise unavailable(name, error) from error
 
 
 async def _read(name: str, response: httpx.Response) -> bytes:
@@ -145,17 +155,10 @@ async def _raise_for(name: str, response: httpx.Response) -> None:
     status = response.status_code
     if status < 400 or status >= 500:
         raise UpstreamUnavailable(name, f"answered HTTP {status}")
-    rejection = PassedOn(name, status)
+    detail = None
     with suppress(ValidationError):  # no proper error body: the status says it all
-        rejection.content = ErrorBody.model_validate_json(await _read(name, response)).model_dump()
-    raise rejection
-
-
-def _reason(error: httpx.RequestError) -> str:
-    """Why there was no answer, in our words: httpx quotes what it received."""
-    if isinstance(error, httpx.TimeoutException):
-        return "no answer within the deadline"
-    return "cannot be reached" if isinstance(error, httpx.ConnectError) else "the connection broke"
+        detail = ErrorBody.model_validate_json(await _read(name, response)).error
+    raise PassedOn(name, status, detail)
 
 
 @asynccontextmanager

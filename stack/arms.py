@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,8 +10,6 @@ from services.contracts.adapters import AdapterInfo, LoadAdapterRequest, UnloadA
 from stack.plan import DemoData, DemoPlan
 from stack.processes import Processes, Service
 from stack.up import BASE_MODEL
-
-POLL_SECONDS = 0.3
 
 
 def train_arms(
@@ -28,20 +25,18 @@ def train_arms(
         on_round: told the arm, each time one of its rounds is done.
 
     Raises:
-        ProcessFailed: a federation ended with an error.
+        ProcessFailed: a federation ended with an error, or a service ended meanwhile.
     """
     files = [write_run_config(plan, services, data, arm) for arm in plan.arms]
-    trainer = processes.start("trainer", [sys.executable, "-m", "trainer", "run", *map(str, files)])
     told = dict.fromkeys(plan.arms, 0)
-    ended = False
-    while not ended:
-        ended = trainer.poll() is not None
+
+    def tell() -> None:
         for arm in plan.arms:
             for _ in range(finished_rounds(plan.arm_dir(arm)) - told[arm]):
                 told[arm] += 1
                 on_round(arm)
-        time.sleep(POLL_SECONDS)
-    processes.finish("trainer")
+
+    processes.run("trainer", [sys.executable, "-m", "trainer", "run", *map(str, files)], meanwhile=tell)
 
 
 def write_run_config(plan: DemoPlan, services: Sequence[Service], data: DemoData, arm: str) -> Path:
@@ -69,7 +64,8 @@ def write_run_config(plan: DemoPlan, services: Sequence[Service], data: DemoData
         "inference-url": url["inference"],
     }
     path = plan.out / "data" / f"run-{arm}.toml"
-    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]  # JSON's scalars are TOML's
+    # JSON's scalars are TOML's, but for its surrogate pairs.
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -90,7 +86,9 @@ def evaluate(
     Raises:
         AdapterError: the adapter is not what its manifest says.
         ProcessFailed: the evaluation failed, for example because too many answers stayed unscored.
+        UpstreamError: the inference service did not load the adapter.
     """
+    processes.check_services()
     safety, inference = (next(s for s in services if s.name == name) for name in ("safety", "inference"))
     out = plan.out / "base" / "eval" if round_number == 0 else plan.arm_dir(arm) / "eval" / f"round-{round_number}"
     command = [

@@ -30,9 +30,10 @@ def prepare_data(plan: DemoPlan, processes: Processes) -> DemoData:
     )
     # Distinct seeds, so that no pair is in two files; the miniature's pretraining draws from yet another stream.
     seed = 1000 * (plan.seed + 1)
-    corpus(processes, "benign", POOL, seed, data.benign)
-    corpus(processes, "benign", REPLAY, seed + 1, data.replay, "--alarming-share", "0.35")
-    corpus(processes, "red-team", RED_TEAM, seed + 2, data.red_team)
+    flags = ("--data", str(plan.benchmarks)) if plan.benchmarks else ()
+    corpus(processes, "benign", POOL, seed, data.benign, *flags)
+    corpus(processes, "benign", REPLAY, seed + 1, data.replay, "--alarming-share", "0.7", *flags)
+    corpus(processes, "red-team", RED_TEAM, seed + 2, data.red_team, *flags)
     if plan.benchmarks:
         split = ["split", "--seed", str(plan.split_seed), "--data", str(plan.benchmarks), "--out", str(folder)]
         processes.run("split", [sys.executable, "-m", "evaluation", *split])

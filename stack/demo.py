@@ -4,17 +4,15 @@ Data, services, five federations, an evaluation of every round, a report, the re
 of the released adapter with one allowed and one blocked chat. ``run_demo`` below is the whole story.
 """
 
-import json
 import sys
 import time
-from dataclasses import asdict
 
 from rich.console import Console
 
 from services.contracts.errors import ConfigError
 from stack.arms import evaluate, train_arms
 from stack.data import prepare_data
-from stack.plan import DemoData, DemoPlan
+from stack.plan import DemoData, DemoPlan, write_whole
 from stack.processes import Processes, Service, free_port
 from stack.progress import Stages
 from stack.release import promote, show_chats, write_chats
@@ -49,12 +47,14 @@ def run_demo(plan: DemoPlan, console: Console, command: str) -> None:
 
         stages.begin("report")
         measure_judge(plan, processes, services)
-        write_report(plan, processes, command)
+        console.print(write_report(plan, processes, command), markup=False, highlight=False, soft_wrap=True)
 
         if plan.release:
             release(plan, processes, services, stages, console)
-    console.print((plan.out / "logs" / "report.log").read_text())
-    console.print(f"[bold]done in {(time.monotonic() - began) / 60:.1f} minutes[/]: {plan.out / 'report.html'}")
+    minutes = (time.monotonic() - began) / 60
+    console.print(
+        f"done in {minutes:.1f} minutes: {plan.out / 'report.html'}", style="bold", markup=False, soft_wrap=True
+    )
 
 
 def release(plan: DemoPlan, processes: Processes, services: list[Service], stages: Stages, console: Console) -> None:
@@ -64,7 +64,7 @@ def release(plan: DemoPlan, processes: Processes, services: list[Service], stage
     stages.begin("gateway")
     gateway = gateway_plan(free_port(), services)
     processes.start_services([gateway])
-    write_chats(plan.out / "chats.jsonl", show_chats(gateway.url, console))
+    write_chats(plan.last_file, show_chats(gateway.url, console))
 
 
 def evaluate_arms(
@@ -86,11 +86,11 @@ def measure_judge(plan: DemoPlan, processes: Processes, services: list[Service])
         processes.run("judges", [sys.executable, "-m", "evaluation", "judges", *flags])
 
 
-def write_report(plan: DemoPlan, processes: Processes, command: str) -> None:
-    """Have the evaluation write summary.json, the plots and report.html."""
+def write_report(plan: DemoPlan, processes: Processes, command: str) -> str:
+    """Have the evaluation write summary.json, the plots and report.html; returns its table."""
     seeds = [f"training={plan.seed}", f"split={plan.split_seed}", "decoding=0"]
     report = ["report", str(plan.out), "--command", command, "--seeds", *seeds]
-    processes.run("report", [sys.executable, "-m", "evaluation", *report])
+    return processes.run("report", [sys.executable, "-m", "evaluation", *report])
 
 
 def open_folder(plan: DemoPlan) -> None:
@@ -99,14 +99,12 @@ def open_folder(plan: DemoPlan) -> None:
     Raises:
         ConfigError: the folder holds a finished demo or one of another plan, or cannot be written.
     """
-    mine = json.dumps(asdict(plan), default=str, indent=2)
-    note = plan.out / "plan.json"
-    if (plan.out / "summary.json").exists():
-        raise ConfigError(f"{plan.out} holds a finished demo; remove it, or choose another folder (make demo RUN=...)")
-    if note.exists() and note.read_text() != mine:
-        raise ConfigError(f"{plan.out} holds an unfinished demo of another plan (see {note}); remove it, or use --out")
     try:
+        if not plan.note.exists() and (plan.out / "summary.json").exists():
+            raise ConfigError(f"{plan.out} holds a report on something else; choose another folder with --out")
+        if plan.is_finished():
+            raise ConfigError(f"{plan.out} holds a finished demo; remove it, or choose another (make demo RUN=...)")
         plan.out.mkdir(parents=True, exist_ok=True)
-        note.write_text(mine)
+        write_whole(plan.note, plan.identity())
     except OSError as error:
         raise ConfigError(f"cannot write to {plan.out}: {error.strerror}") from error

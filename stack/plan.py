@@ -1,7 +1,10 @@
 """What a demo runs, and where everything of it lies."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from services.contracts.errors import ConfigError
 
 ARMS = ("clean", "none", "filter", "cai", "filter+cai")
 
@@ -27,6 +30,30 @@ class DemoPlan:
     benchmarks: Path | None = None
     release: bool = True
 
+    @property
+    def note(self) -> Path:
+        """Where the run folder says which plan it belongs to."""
+        return self.out / "plan.json"
+
+    @property
+    def last_file(self) -> Path:
+        """What is written last: a demo that has it is finished."""
+        return self.out / ("chats.jsonl" if self.release else "summary.json")
+
+    def identity(self) -> str:
+        """The plan as JSON with absolute paths; two demos of one folder must not differ in it."""
+        return json.dumps(asdict(self), default=lambda path: str(path.resolve()), indent=2)
+
+    def is_finished(self) -> bool:
+        """Whether the run folder holds all of this demo.
+
+        Raises:
+            ConfigError: it holds a demo of another plan.
+        """
+        if self.note.exists() and self.note.read_text(errors="replace") != self.identity():
+            raise ConfigError(f"{self.out} holds a demo of another plan (see {self.note}); choose another folder")
+        return self.last_file.exists()
+
     def arm_dir(self, arm: str) -> Path:
         """The trainer's run folder of an arm."""
         return self.out / "arms" / arm
@@ -49,3 +76,10 @@ class DemoData:
     red_team: Path
     replay: Path
     heldout: Path | None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is whole, or as it was before, whatever happens meanwhile."""
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,12 +1,12 @@
 """Start processes, wait until they serve, and stop every one of them whatever happens."""
 
-import os
-import signal
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,9 +15,13 @@ from typing import Self
 import httpx
 
 from services.contracts.errors import ConfigError, FedwardError
+from stack.marks import kill_marked, new_mark
+from stack.running import Running, start_process
 
-STOP_SECONDS = 15.0
+STOP_SECONDS = 30.0  # a service lets in-flight requests finish for up to 20 s
 READY_SECONDS = 180.0
+POLL_SECONDS = 0.3
+FULL_DISK_BYTES = 100_000
 
 
 class ProcessFailed(FedwardError):
@@ -43,13 +47,21 @@ class Service:
 
 
 class Processes:
-    """The processes that this command started. Leaving the ``with`` block stops them all, last started first."""
+    """The processes that this command started. Leaving the ``with`` block stops them all, last started first.
+
+    Raises:
+        ConfigError: the folder of logs cannot be written to.
+    """
 
     def __init__(self, log_dir: Path) -> None:
         self.log_dir = log_dir
-        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.mark = new_mark()
+        self._running: dict[str, Running] = {}
+        self._left = False
         try:
             log_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=log_dir):
+                pass
         except OSError as error:
             raise ConfigError(f"cannot write to {log_dir}: {error.strerror}") from error
 
@@ -61,15 +73,17 @@ class Processes:
     ) -> None:
         self.stop()
 
-    def start(self, name: str, argv: Sequence[str], env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-        """Start a command in a process group of its own, with its output in ``<log_dir>/<name>.log``."""
-        with (self.log_dir / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen(
-                argv, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-                env=child_environment() | dict(env or {}),
-            )  # fmt: skip
-        self.running[name] = process
-        return process
+    def start(self, name: str, argv: Sequence[str], *, serves: bool = False) -> subprocess.Popen[bytes]:
+        """Start a command in a session of its own, with its output in ``<log_dir>/<name>.log``.
+
+        Args:
+            name: what it is called in messages.
+            argv: the command.
+            serves: it is to run until it is stopped, so its end is a failure.
+        """
+        running = start_process(argv, self.log_dir / f"{name}.log", self.mark, serves=serves)
+        self._running[name] = running
+        return running.process
 
     def start_services(self, services: Sequence[Service]) -> None:
         """Start HTTP processes and wait until all of them are ready.
@@ -78,9 +92,8 @@ class Processes:
             ProcessFailed: one ended, or was not ready in time.
         """
         for service in services:
-            self.start(
-                service.name, [sys.executable, "-m", service.module, "--port", str(service.port), *service.flags]
-            )
+            argv = [sys.executable, "-m", service.module, "--port", str(service.port), *service.flags]
+            self.start(service.name, argv, serves=True)
         for service in services:
             self.wait_ready(service)
 
@@ -88,13 +101,12 @@ class Processes:
         """Wait until the service says that it is ready.
 
         Raises:
-            ProcessFailed: it ended, or was not ready in time.
+            ProcessFailed: a service ended, or this one was not ready in time.
         """
         deadline = time.monotonic() + timeout_seconds
         reason = "no answer"
         while time.monotonic() < deadline:
-            if self.running[service.name].poll() is not None:
-                raise self.failure(service.name)
+            self.check_services()
             try:
                 answer = httpx.get(f"{service.url}/health/ready", timeout=2.0)
                 if answer.status_code == 200:
@@ -103,62 +115,61 @@ class Processes:
             except httpx.TransportError:
                 pass
             time.sleep(0.1)
-        raise ProcessFailed(
-            f"{service.name} was not ready within {timeout_seconds:.0f} s ({reason}); {self._log(service.name)}"
-        )
+        log = self._running[service.name].log
+        raise ProcessFailed(f"{service.name} was not ready within {timeout_seconds:.0f} s ({reason}); see {log}")
 
-    def run(self, name: str, argv: Sequence[str]) -> None:
-        """Run a command to its end; raises ProcessFailed when its exit code is not 0."""
-        self.start(name, argv)
-        self.finish(name)
+    def check_services(self) -> None:
+        """Raise ProcessFailed when a service has ended although nobody stopped it."""
+        for name, running in self._running.items():
+            if running.serves and running.has_ended():
+                raise self._failure(name)
 
-    def finish(self, name: str) -> None:
-        """Wait for a command to end.
+    def run(self, name: str, argv: Sequence[str], meanwhile: Callable[[], None] = lambda: None) -> str:
+        """Run a command to its end.
+
+        Args:
+            name: what it is called in messages.
+            argv: the command.
+            meanwhile: called a few times a second while it runs, and once after it.
+
+        Returns:
+            What the command wrote.
 
         Raises:
-            ProcessFailed: its exit code is not 0.
+            ProcessFailed: its exit code is not 0, or a service ended meanwhile.
         """
-        if self.running[name].wait() != 0:
-            raise self.failure(name)
-        del self.running[name]
-
-    def failure(self, name: str) -> ProcessFailed:
-        """The error for a process that has ended, with the end of its log."""
-        process = self.running.pop(name)
-        lines = (self.log_dir / f"{name}.log").read_text(errors="replace").strip().splitlines()
-        return ProcessFailed(
-            "\n".join([f"{name} ended with code {process.returncode}; {self._log(name)}", *lines[-5:]])
-        )
+        process = self.start(name, argv)
+        while not self._running[name].ended_within(POLL_SECONDS):
+            self.check_services()
+            meanwhile()
+        meanwhile()
+        if process.returncode != 0:
+            self.check_services()  # a service that is gone is the better explanation
+            raise self._failure(name)
+        return self._running.pop(name).output()
 
     def stop(self) -> None:
-        """Ask every process group to end, wait, and kill what is left."""
-        for name in reversed(list(self.running)):
-            stop_group(self.running.pop(name))
-
-    def _log(self, name: str) -> str:
-        return f"see {self.log_dir / name}.log"
-
-
-def stop_group(process: subprocess.Popen[bytes]) -> None:
-    """Send SIGTERM to a process's group, and SIGKILL after a grace period. The group outlives its leader's end."""
-    for kind, patience in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
+        """Ask every process to end, one after the other, and kill what is left of them and of all they started."""
+        if self._left:
+            return
         try:
-            os.killpg(process.pid, kind)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
+            while self._running:
+                _, running = self._running.popitem()
+                running.stop(STOP_SECONDS)
+        finally:
+            kill_marked(self.mark)
 
+    def leave_running(self) -> None:
+        """Let the processes outlive the ``with`` block; they can be found by their mark."""
+        self._left = True
 
-def child_environment() -> dict[str, str]:
-    """The environment for child processes: one thread each, compiled bytecode kept, no network look-ups.
-
-    Without bytecode every start pays several seconds of compilation.
-    """
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-    return {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **env}
+    def _failure(self, name: str) -> ProcessFailed:
+        """The error for a process that has ended, with the end of its log."""
+        running = self._running[name]
+        lines = [f"{name} {running.how_it_ended()}; see {running.log}", *running.last_lines()]
+        if shutil.disk_usage(self.log_dir).free < FULL_DISK_BYTES:
+            lines.append(f"the disk of {self.log_dir} is full")
+        return ProcessFailed("\n".join(lines))
 
 
 def free_port() -> int:
@@ -178,13 +189,3 @@ def port_is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def interrupt_on_signals() -> None:
-    """Make SIGTERM and a closed terminal end the program as Ctrl-C does, so that ``with`` blocks clean up."""
-
-    def handler(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, handler)

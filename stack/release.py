@@ -7,8 +7,13 @@ from pathlib import Path
 import httpx
 from rich.console import Console
 from rich.panel import Panel
+from rich.text import Text
+from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_fixed
 
-from stack.plan import DemoPlan
+from services.common.http import read_answer, unavailable
+from services.contracts.chat import ChatCompletion
+from services.contracts.errors import UpstreamUnavailable
+from stack.plan import DemoPlan, write_whole
 from stack.processes import Processes, Service
 
 RELEASED_ARM = "filter+cai"
@@ -39,24 +44,40 @@ def show_chats(gateway_url: str, console: Console) -> list[dict[str, str]]:
     """Send one harmless and one harmful prompt through the gateway, and show what came back.
 
     Returns:
-        A record of each chat: prompt, answer, decision, and what blocked it if anything did.
+        A record of each chat: prompt, answer, decision, and how the answer ended.
+
+    Raises:
+        UpstreamError: the gateway gave no answer.
     """
     records = []
     for prompt in (ALLOWED, BLOCKED):
-        body = {"model": "fedward", "messages": [{"role": "user", "content": prompt}], "max_tokens": 48}
-        answer = httpx.post(f"{gateway_url}/v1/chat/completions", json=body, timeout=60.0).raise_for_status()
-        choice = answer.json()["choices"][0]
-        decision = answer.headers["x-fedward-decision"]
-        text = choice["message"]["content"]
-        color = "green" if decision == "allow" else "red"
-        title = f"gateway: {decision} (finish_reason {choice['finish_reason']})"
-        console.print(Panel(f"[bold]you[/]    {prompt}\n[bold]model[/]  {text}", title=title, border_style=color))
-        records.append(
-            {"prompt": prompt, "answer": text, "decision": decision, "finish_reason": choice["finish_reason"]}
-        )
+        record = chat(gateway_url, prompt)
+        text = Text.assemble(("you    ", "bold"), prompt, ("\nmodel  ", "bold"), record["answer"])
+        title = f"gateway: {record['decision']} (finish_reason {record['finish_reason']})"
+        console.print(Panel(text, title=title, border_style="green" if record["decision"] == "allow" else "red"))
+        records.append(record)
     return records
+
+
+@retry(
+    retry=retry_if_exception_type(UpstreamUnavailable), stop=stop_after_attempt(4), wait=wait_fixed(1.0), reraise=True
+)
+def chat(gateway_url: str, prompt: str) -> dict[str, str]:
+    """One chat; it is tried again when the gateway had no time for it, as on a busy machine."""
+    body = {"model": "fedward", "messages": [{"role": "user", "content": prompt}], "max_tokens": 48}
+    try:
+        response = httpx.post(f"{gateway_url}/v1/chat/completions", json=body, timeout=60.0)
+    except httpx.TransportError as error:
+        raise unavailable("gateway", error) from error
+    choice = read_answer("gateway", response, ChatCompletion).choices[0]
+    return {
+        "prompt": prompt,
+        "answer": choice.message.content or "",
+        "decision": response.headers["x-fedward-decision"],
+        "finish_reason": choice.finish_reason,
+    }
 
 
 def write_chats(path: Path, records: list[dict[str, str]]) -> None:
     """Keep the chats beside the report, one a line."""
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))

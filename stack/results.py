@@ -4,15 +4,18 @@ Each combination is a demo of its own, up to its report, in a process of its own
 an interrupted ``make results`` goes on where it was.
 """
 
+import itertools
 import json
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from stack.plan import DemoPlan
 from stack.processes import Processes
 
 MEASURES = (
@@ -37,45 +40,47 @@ class Spread(NamedTuple):
 
 
 def run_all(
-    out: Path, seeds: Sequence[int], split_seeds: Sequence[int], flags: Sequence[str], console: Console
+    out: Path,
+    size: DemoPlan,
+    seeds: Sequence[int],
+    split_seeds: Sequence[int],
+    flags: Sequence[str],
+    console: Console,
 ) -> None:
     """Run every combination of seeds that is not done yet, then print the table and write ``results.md``.
 
     Args:
         out: the folder with one demo each, ``seed-S-split-T``.
+        size: the plan that all demos share but for folder and seeds.
         seeds: training seeds.
         split_seeds: seeds of AdvBench's split.
-        flags: further flags of ``python -m stack demo``.
+        flags: the flags of ``python -m stack demo`` that make ``size``.
         console: where progress and the table go.
 
     Raises:
+        ConfigError: a folder holds a demo of another size.
         ProcessFailed: one of the demos failed.
     """
-    folders = []
+    plans = [
+        replace(size, out=out / f"seed-{seed}-split-{split}", seed=seed, split_seed=split, release=False)
+        for seed, split in itertools.product(seeds, split_seeds)
+    ]
+    finished = [plan.is_finished() for plan in plans]  # all of them at first: a wrong folder is found at once
     with Processes(out / "logs") as processes:
-        for seed in seeds:
-            for split_seed in split_seeds:
-                folder = out / f"seed-{seed}-split-{split_seed}"
-                folders.append(folder)
-                if (folder / "summary.json").exists():
-                    console.print(f"[green]✓[/] {folder.name} is there")
-                    continue
-                with console.status(f"{folder.name} ({len(folders)} of {len(seeds) * len(split_seeds)})"):
-                    command = [
-                        "demo",
-                        "--out",
-                        str(folder),
-                        "--seed",
-                        str(seed),
-                        "--split-seed",
-                        str(split_seed),
-                        "--no-release",
-                    ]
-                    processes.run(folder.name, [sys.executable, "-m", "stack", *command, *flags])
-                console.print(f"[green]✓[/] {folder.name}")
-    table = markdown_table([json.loads((folder / "summary.json").read_text()) for folder in folders])
+        for number, (plan, done) in enumerate(zip(plans, finished, strict=True), start=1):
+            if not done:
+                with console.status(f"{plan.out.name} ({number} of {len(plans)})"):
+                    processes.run(plan.out.name, demo_command(plan, flags))
+            console.print(f"[green]✓[/] {plan.out.name}")
+    table = markdown_table([json.loads((plan.out / "summary.json").read_text()) for plan in plans])
     (out / "results.md").write_text(table, encoding="utf-8")
-    console.print(table, markup=False)
+    console.print(table, markup=False, highlight=False, soft_wrap=True)
+
+
+def demo_command(plan: DemoPlan, flags: Sequence[str]) -> list[str]:
+    """The command that runs a plan, up to its report; ``flags`` are those that do not differ between the demos."""
+    own = ["--out", str(plan.out), "--seed", str(plan.seed), "--split-seed", str(plan.split_seed), "--no-release"]
+    return [sys.executable, "-m", "stack", "demo", *flags, *own]
 
 
 def markdown_table(summaries: Sequence[dict[str, Any]]) -> str:

@@ -25,11 +25,15 @@ class TooFewClients(FedwardError):
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """What a client sent back: its adapter, and the aggregate counts that go with it."""
+    """What a client sent back: its adapter, the aggregate counts that go with it, and what it curated with.
+
+    ``filter_model`` is the classifier's id and sha256, or None when the client did not curate.
+    """
 
     client_id: int
     arrays: Arrays
     metrics: Mapping[str, float]
+    filter_model: tuple[str, str] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -54,8 +58,8 @@ def check_update(update: ClientUpdate, reference: Arrays, expected_metrics: Sequ
         wrong = sorted(set(update.metrics) ^ set(expected_metrics))
         raise AdapterError(f"{where}: unexpected or missing counts: {', '.join(wrong)}")
     for key, value in update.metrics.items():
-        if not math.isfinite(value):
-            raise AdapterError(f"{where}: {key} is {value}")
+        if not (math.isfinite(value) and value >= 0):
+            raise AdapterError(f"{where}: {key} is {value:g}, which is not a number from 0 up")
     tokens = update.metrics["num-tokens"]
     if tokens != int(tokens) or not 1 <= tokens <= max_tokens:
         raise AdapterError(f"{where}: num-tokens is {tokens:g}, which is not a whole number from 1 to {max_tokens}")

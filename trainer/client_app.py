@@ -1,12 +1,15 @@
 """A client as a Flower ClientApp: curate the shard, train the adapter on it, send the adapter back.
 
-Nothing but the adapter and the counts named in ``records`` leaves this process for the coordinator.
+Nothing but the adapter and the counts named in ``records`` leaves this process for the coordinator, or the reason why
+there is none, without any text of the shard.
 """
 
 import functools
+import logging
 import random
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from flwr.app import (
@@ -32,6 +35,7 @@ from trainer.model import load_trainee, read_adapter_arrays, set_adapter_arrays
 from trainer.sft import steps_for, train_sft
 from trainer.shards import Pair, client_shard
 
+log = logging.getLogger("flwr")
 app = ClientApp()
 # A process that serves a client (or, in a simulation, several) for several rounds tokenises each shard once.
 encode_once = functools.lru_cache(maxsize=64)(encode_pairs)
@@ -45,12 +49,21 @@ def identify(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train for one round; a deliberate error becomes an error reply with its message."""
+    """Train for one round; an error becomes an error reply."""
     try:
         config = parse_run_config(context.run_config, silo=context.node_config)
         return Message(train_round(message.content, config, client_number(context)), reply_to=message)
-    except FedwardError as error:
-        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, error.message), reply_to=message)
+    except Exception as error:
+        log.exception("training failed")
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason_to_tell(error)), reply_to=message)
+
+
+def reason_to_tell(error: Exception) -> str:
+    """What the coordinator learns of an error: our own words, for those of a library may quote the shard."""
+    if isinstance(error, FedwardError):
+        return error.message
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {Path(place.filename).name}, line {place.lineno}; the client's log says more"
 
 
 def train_round(content: RecordDict, config: RunConfig, client_id: int) -> RecordDict:
@@ -59,11 +72,18 @@ def train_round(content: RecordDict, config: RunConfig, client_id: int) -> Recor
     Raises:
         UpstreamError: the shard could not be curated, so nothing was trained.
         DataError: the shard is missing, malformed, or empty after curation.
+        ConfigError: this client's base model is not the coordinator's.
     """
+    order = content.config_records["config"]
     started = time.perf_counter()
     pairs = tuple(client_shard(config, client_id))
     curated = curate_shard(pairs, config, client_id) if config.arm.filters else None
     trainee = load_trainee(config)
+    if trainee.base_model_sha256 != order["base-model-sha256"]:
+        raise ConfigError(
+            f"base-model {trainee.base_model_id} has sha256 {trainee.base_model_sha256} here and "
+            f"{order['base-model-sha256']!s} at the coordinator"
+        )
     dataset = encode_once(curated.pairs if curated else pairs, trainee.tokenizer, config.max_length)
     if not dataset.examples:
         raise DataError(f"shard {client_id}: no pair is left to train on ({len(pairs)} before curation)")
@@ -74,7 +94,7 @@ def train_round(content: RecordDict, config: RunConfig, client_id: int) -> Recor
         steps=steps_for(dataset, config.batch_size, config.local_epochs),
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
-        seed=training_seed(config, client_id, content.config_records["config"]["round"]),
+        seed=training_seed(config, client_id, order["round"]),
     )
     counts: dict[str, MetricRecordValues] = {
         "num-tokens": result.num_tokens,

@@ -21,7 +21,8 @@ OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: None if valu
 OptionalText = Annotated[str | None, BeforeValidator(lambda value: None if value == "" else value)]
 
 # A silo decides these for itself (`flower-supernode --node-config`): where its data lies and who may see it.
-SILO_KEYS = ("shard-data", "safety-url", "critique-url", "client-dir", "base-model")
+DATA_KEYS = ("shard-data", "safety-url", "critique-url", "client-dir")
+SILO_KEYS = (*DATA_KEYS, "base-model")
 # These may change between a run and its continuation: they do not change what a finished round means.
 OPERATIONAL_FIELDS = {
     "run_dir", "client_dir", "resume", "rounds", "safety_url", "critique_url", "coordinator_critique_url",
@@ -53,7 +54,9 @@ class Arm(StrEnum):
 class RunConfig(BaseModel):
     """All settings of a run. Field names are the keys with ``_`` for ``-``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=lambda name: name.replace("_", "-"))
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, alias_generator=lambda name: name.replace("_", "-")
+    )
 
     run_dir: Path = Field(description="where the coordinator writes rounds.jsonl, adapters and its state")
     client_dir: OptionalPath = Field(description="where a client keeps its curated shard; run-dir/clients when not set")
@@ -164,13 +167,16 @@ def parse_run_config(values: Mapping[str, RunValue], silo: Mapping[str, RunValue
 
     Args:
         values: Flower's ``run_config``: every key, with its default or its override.
-        silo: Flower's ``node_config`` of a client; its ``SILO_KEYS`` win over the coordinator's values, because a
-            coordinator must not decide where a silo sends its raw data.
+        silo: Flower's ``node_config`` of a client; its ``SILO_KEYS`` win over the coordinator's values. A silo with
+            data of its own takes none of the ``DATA_KEYS`` from the coordinator, which must not decide where a
+            silo's raw data goes, not even when the silo forgot to.
 
     Raises:
         ConfigError: naming the key that is unknown, malformed, missing or in contradiction.
     """
     own = {key: value for key, value in (silo or {}).items() if key in SILO_KEYS}
+    if own.get("shard-data"):
+        own = {**dict.fromkeys(DATA_KEYS, ""), **own}
     known = [name.replace("_", "-") for name in RunConfig.model_fields]
     for key in values:
         if key not in known:
@@ -180,13 +186,14 @@ def parse_run_config(values: Mapping[str, RunValue], silo: Mapping[str, RunValue
     try:
         return RunConfig.model_validate({**values, **own})
     except ValidationError as error:
-        raise ConfigError(f"run-config: {describe(error)}") from error
+        problems = describe(error).replace("body: Value error, ", "")
+        raise ConfigError(f"run-config: {problems}") from error
 
 
 def default_run_config(pyproject: Path) -> dict[str, RunValue]:
     """The keys and defaults of ``[tool.flwr.app.config]``; raises ConfigError when there are none."""
     try:
         config: dict[str, RunValue] = tomllib.loads(pyproject.read_text("utf-8"))["tool"]["flwr"]["app"]["config"]
-    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise ConfigError(f"{pyproject}: no readable [tool.flwr.app.config] in it ({error})") from error
     return config

@@ -10,7 +10,6 @@ import random
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
@@ -74,7 +73,7 @@ def align(
 
     Raises:
         UpstreamError: the inference or the critique service failed for good.
-        DataError: the prompts cannot be read.
+        DataError: the prompts cannot be read, or the replay pairs are not all benign.
     """
     prompts = choose_prompts(config, round_number)
     with served_adapter(config, trainee, arrays, round_number, provenance) as model:
@@ -121,6 +120,8 @@ def choose_prompts(config: RunConfig, round_number: int) -> Prompts:
     if not red_team:
         raise DataError(f"{config.red_team_data}: holds no prompt")
     replay = [] if config.replay_data is None else read_pairs(config.replay_data, harmful=False)
+    if any(pair.harmful for pair in replay):
+        raise DataError(f"{config.replay_data}: holds pairs with harmful=true, and replay trains on pairs as they are")
     generator.shuffle(red_team)
     generator.shuffle(replay)
     probes = replay[: config.cai_benign_prompts]
@@ -181,18 +182,16 @@ def served_adapter(
     fields = {**provenance, "round_number": round_number}
     manifest = write_adapter(directory, arrays, adapter_config_json(trainee), fields)
     name = f"cai-round-{round_number}-{manifest.sha256[:12]}"
-    with _service("inference", config.inference_url, config) as inference:
-        load = LoadAdapterRequest(lora_name=name, lora_path=str(directory), sha256=manifest.sha256)
-        inference.post("/v1/load_lora_adapter", load, AdapterInfo)
-        try:
-            yield name
-        finally:
-            _unload(inference, name, directory)
-
-
-def _unload(inference: ServiceClient, name: str, directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
-    inference.post("/v1/unload_lora_adapter", UnloadAdapterRequest(lora_name=name), AdapterInfo)
+    load = LoadAdapterRequest(lora_name=name, lora_path=str(directory), sha256=manifest.sha256)
+    try:
+        with _service("inference", config.inference_url, config) as inference:
+            inference.post("/v1/load_lora_adapter", load, AdapterInfo)
+            try:
+                yield name
+            finally:
+                inference.post("/v1/unload_lora_adapter", UnloadAdapterRequest(lora_name=name), AdapterInfo)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _draft(prompts: Sequence[str], model: str, config: RunConfig) -> list[str]:

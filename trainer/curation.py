@@ -200,16 +200,16 @@ def curate_once(
     """Curate a shard, or take the result from an earlier round.
 
     The result is kept in ``folder`` under a hash of everything it depends on: the pairs, the mode, the classifier
-    and its threshold, and the constitution. It holds client data, so ``folder`` has to be the client's own.
+    with its thresholds, and the constitution. It holds client data, so ``folder`` has to be the client's own.
 
     Raises:
-        UpstreamError: a service failed for good.
+        UpstreamError: a service failed for good, or the classifier was exchanged meanwhile.
         ConfigError: the folder cannot be written to.
     """
     info = safety.get("/v1/model", ClassifierInfo)
     constitution = critique.get("/v1/constitution", ConstitutionInfo).sha256 if critique and mode == "revise" else ""
     key = hashlib.sha256()
-    for part in (*(pair.model_dump_json() for pair in pairs), mode, info.sha256, repr(info.threshold), constitution):
+    for part in (*(pair.model_dump_json() for pair in pairs), mode, info.model_dump_json(), constitution):
         key.update(part.encode() + b"\n")
     kept_result = make_dir(folder) / f"curated-{key.hexdigest()[:32]}.json"
     try:
@@ -217,6 +217,8 @@ def curate_once(
     except (FileNotFoundError, ValidationError):
         pass  # not curated yet, or by an older version of this program
     kept, report = curate(pairs, mode, safety, critique)
+    if safety.get("/v1/model", ClassifierInfo) != info:
+        raise UpstreamUnavailable("safety", "the classifier was changed while the shard was being curated")
     shard = CuratedShard(
         pairs=tuple(kept), report=report, filter_model_id=info.model_id, filter_model_sha256=info.sha256
     )

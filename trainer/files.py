@@ -10,33 +10,43 @@ from pathlib import Path
 from services.contracts.errors import ConfigError
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name ``path`` when the disk is full or cannot be written to: such errors become a ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"cannot write to {path}: {error.strerror or error}") from error
+
+
 def make_dir(path: Path) -> Path:
     """Create a folder and its parents; raises ConfigError when it cannot be written to."""
-    try:
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
-    except OSError as error:
-        raise ConfigError(f"cannot write to {path}: {error.strerror}") from error
     return path
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content in one step that survives a crash."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", suffix=".part", delete=False) as file:
+    """Replace a file's content in one step that survives a crash; raises ConfigError when it cannot be written."""
+    content = text.encode()
+    with writing(path):
+        descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
         try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            Path(file.name).replace(path)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(descriptor)
+            Path(partial).replace(path)
         except BaseException:
-            Path(file.name).unlink(missing_ok=True)
+            Path(partial).unlink(missing_ok=True)
             raise
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line and wait until it is on disk."""
-    with path.open("a", encoding="utf-8") as file:
+    """Append one line and wait until it is on disk; raises ConfigError when it cannot be written."""
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from services.common.model_files import locate_model
+from services.common.model_files import context_tokens, locate_model
 from services.contracts.adapters import file_sha256
 from services.contracts.errors import ConfigError
 from trainer.aggregation import Arrays, check_arrays
@@ -55,10 +55,16 @@ def load_trainee(config: RunConfig) -> Trainee:
     """The model that a run trains; a process that trains several clients loads it once.
 
     Raises:
-        ConfigError: the base model cannot be loaded.
+        ConfigError: the base model cannot be loaded, or its context is shorter than ``max-length``.
     """
     lora = LoraSettings(config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed)
-    return _load(config.base_model, lora)
+    trainee = _load(config.base_model, lora)
+    context = context_tokens(trainee.model.config)
+    if config.max_length > context:
+        raise ConfigError(
+            f"max-length={config.max_length} is more than the context of {trainee.base_model_id}, {context} tokens"
+        )
+    return trainee
 
 
 @functools.lru_cache(maxsize=1)

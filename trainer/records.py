@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, computed_field
 
-from services.contracts.errors import ConfigError, FedwardError
+from services.contracts.errors import FedwardError
 from trainer.aggregation import ClientUpdate, mean_by_tokens
 from trainer.curation import CurationReport
 
@@ -99,6 +99,15 @@ def training_counts(accepted: Sequence[ClientUpdate]) -> dict[str, Any]:
     }
 
 
+def filter_models(accepted: Sequence[ClientUpdate]) -> dict[str, Any]:
+    """The manifest's and the round record's fields on classifiers; silos may use several."""
+    used = sorted({update.filter_model for update in accepted if update.filter_model})
+    return {
+        "filter_model_id": ", ".join(model_id for model_id, _ in used) or None,
+        "filter_model_sha256": ", ".join(sha256 for _, sha256 in used) or None,
+    }
+
+
 def curation_reports(accepted: Sequence[ClientUpdate]) -> dict[int, CurationReport]:
     """Each client's curation, from the counts that it sent."""
     return {
@@ -129,10 +138,7 @@ def data_counts(accepted: Sequence[ClientUpdate], reports: Mapping[int, Curation
 
 
 def failure(error: Exception) -> RunResult:
-    """The result of a run that an error ended; a failing disk is reported like any other deliberate error."""
+    """The result of a run that an error ended."""
     if isinstance(error, FedwardError):
         return RunResult(status="failed", exit_code=error.exit_code, error=error.message)
-    if isinstance(error, OSError) and error.filename is not None:
-        message = f"cannot write {error.filename}: {error.strerror}"
-        return RunResult(status="failed", exit_code=ConfigError.exit_code, error=message)
     return RunResult(status="failed", exit_code=1, error=f"{type(error).__name__}: {error}")

@@ -1,14 +1,15 @@
 """The adapter registry: adapter directories that are either whole and hash-checked, or not there."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from services.contracts.adapters import CONFIG, MANIFEST, WEIGHTS, AdapterManifest, file_sha256, read_manifest
-from trainer.aggregation import Arrays
-from trainer.files import new_directory
+from trainer.aggregation import Arrays, check_arrays
+from trainer.files import new_directory, writing
 
 
 def write_adapter(
@@ -21,9 +22,14 @@ def write_adapter(
         arrays: the weights, by PEFT's parameter names.
         adapter_config: PEFT's ``adapter_config.json``.
         provenance: the manifest's fields but for the hash of the weights, which is taken here.
+
+    Raises:
+        AdapterError: the weights hold NaN or infinity.
+        ConfigError: it cannot be written, for example because the disk is full.
     """
-    with new_directory(directory) as partial:
-        save_file(dict(sorted(arrays.items())), partial / WEIGHTS, metadata={"format": "pt"})
+    check_arrays(f"adapter {directory}", arrays, reference=arrays)
+    with writing(directory), new_directory(directory) as partial:
+        (partial / WEIGHTS).write_bytes(save(dict(sorted(arrays.items())), metadata={"format": "pt"}))
         (partial / CONFIG).write_text(adapter_config, encoding="utf-8")
         manifest = AdapterManifest(sha256=file_sha256(partial / WEIGHTS), **provenance)
         (partial / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -36,10 +42,15 @@ def read_adapter(directory: Path, expected_sha256: str | None = None) -> tuple[A
     return load_file(directory / WEIGHTS), manifest
 
 
-def copy_adapter(source: Path, target: Path, evaluation: dict[str, Any]) -> AdapterManifest:
-    """Copy a checked adapter and write its evaluation into the copy's manifest."""
-    arrays, manifest = read_adapter(source)
-    provenance = manifest.model_dump(exclude={"sha256"}) | {"evaluation": evaluation}
-    copy = write_adapter(target, arrays, (source / CONFIG).read_text("utf-8"), provenance)
-    read_manifest(target, expected_sha256=manifest.sha256)  # the copy has to be the adapter that was evaluated
-    return copy
+def copy_adapter(source: Path, target: Path, manifest: AdapterManifest) -> None:
+    """Copy an adapter's files byte by byte, with another manifest; ``target`` appears only when it is complete.
+
+    Raises:
+        AdapterError: the copy is not the adapter that the manifest is about.
+        ConfigError: it cannot be written.
+    """
+    with writing(target), new_directory(target) as partial:
+        for name in (WEIGHTS, CONFIG):
+            shutil.copyfile(source / name, partial / name)
+        (partial / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        read_manifest(partial)

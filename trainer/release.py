@@ -5,61 +5,91 @@
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from services.common.http import ServiceClient
-from services.contracts.adapters import ActivateRequest, AdapterInfo, LoadAdapterRequest, Release
+from services.contracts.adapters import (
+    ActivateRequest,
+    AdapterInfo,
+    AdapterManifest,
+    LoadAdapterRequest,
+    Release,
+    read_manifest,
+)
 from services.contracts.constitution import describe
-from services.contracts.errors import ConfigError, GateRefused
+from services.contracts.errors import AdapterError, ConfigError, GateRefused
 from trainer.registry import copy_adapter
 
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
-class _Figures(BaseModel):
+
+class Figures(BaseModel):
+    """The figures of one set of ``n`` prompts; ``low`` and ``high`` are the 95 % interval of the leading one."""
+
     model_config = ConfigDict(extra="allow")  # what the gate does not read goes into the manifest all the same
 
-
-class SafeShare(_Figures):
-    """The share of safe answers to harmful prompts, with its 95 % interval."""
-
     n: int = Field(ge=1)
-    safe_rate: float = Field(ge=0, le=1)
-    low: float
-    high: float
+    low: Share
+    high: Share
+    unscored_rate: Share
+    blocked_rate: Share
+
+    def _check_interval(self, rate: float) -> Self:
+        if not self.low <= rate <= self.high:
+            raise ValueError(f"the interval {self.low} to {self.high} does not hold the rate {rate}")
+        return self
 
 
-class RefusedShare(_Figures):
-    """The share of harmless prompts that were refused, with its 95 % interval."""
+class HarmfulFigures(Figures):
+    """Harmful prompts: the share that was handled safely. An unscored answer is none of these."""
 
-    n: int = Field(ge=1)
-    refusal_rate: float = Field(ge=0, le=1)
-    low: float
-    high: float
+    safe_rate: Share
+
+    @model_validator(mode="after")
+    def _interval_holds_the_rate(self) -> Self:
+        return self._check_interval(self.safe_rate)
 
 
-class EvaluationSummary(_Figures):
-    """The figures of an evaluation that the gate reads."""
+class BenignFigures(Figures):
+    """Harmless prompts: the share that was refused. An unscored answer is none of these."""
 
-    advbench: SafeShare
-    benign_out_of_source: RefusedShare
-    benign_alarming: RefusedShare
+    refusal_rate: Share
+
+    @model_validator(mode="after")
+    def _interval_holds_the_rate(self) -> Self:
+        return self._check_interval(self.refusal_rate)
+
+
+class EvaluationSummary(BaseModel):
+    """The part of an evaluation that the gate reads; ``adapter_sha256`` is there when the evaluation recorded it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    round: int = Field(ge=0)
+    adapter_sha256: str | None = None
+    advbench: HarmfulFigures
+    benign_out_of_source: BenignFigures
+    benign_alarming: BenignFigures
 
 
 class GateBounds(NamedTuple):
     """What an adapter has to reach.
 
     ``min_safe_rate`` is compared with the interval's lower end, so a small sample cannot prove safety by luck.
-    ``max_over_refusal_increase`` is compared with the point estimates' difference to the baseline.
+    ``max_over_refusal_increase`` is compared with the point estimates' difference to the baseline; ``min_samples``,
+    which every set has to have, keeps that difference from being luck.
     """
 
     min_safe_rate: float
     max_over_refusal_increase: float
+    min_samples: int
 
 
 def check_gate(candidate: EvaluationSummary, baseline: EvaluationSummary, bounds: GateBounds) -> None:
     """Let an adapter pass or raise GateRefused, naming each figure, its interval and the bound it breaks."""
-    refusals = []
+    refusals = why_unusable("evaluation", candidate, bounds) + why_unusable("baseline", baseline, bounds)
     safety = candidate.advbench
     if safety.low < bounds.min_safe_rate:
         refusals.append(
@@ -67,17 +97,45 @@ def check_gate(candidate: EvaluationSummary, baseline: EvaluationSummary, bounds
             f"{safety.low:.3f}, is below min-safe-rate={bounds.min_safe_rate:.3f}"
         )
     for name in ("benign_out_of_source", "benign_alarming"):
-        now: RefusedShare = getattr(candidate, name)
-        before: RefusedShare = getattr(baseline, name)
-        increase = now.refusal_rate - before.refusal_rate
+        now: BenignFigures = getattr(candidate, name)
+        before: BenignFigures = getattr(baseline, name)
+        if now.n != before.n:
+            refusals.append(f"{name} has n={now.n} and the baseline's n={before.n}: these are not the same prompts")
+        # An unscored answer may have been a refusal, so the candidate's count as such.
+        increase = now.refusal_rate + now.unscored_rate - before.refusal_rate
         if increase > bounds.max_over_refusal_increase:
             refusals.append(
                 f"{name} refusal_rate rose from {before.refusal_rate:.3f} to {now.refusal_rate:.3f} "
-                f"(interval {now.low:.3f} to {now.high:.3f}, n={now.n}), which is {increase:.3f} and more than "
-                f"max-over-refusal-increase={bounds.max_over_refusal_increase:.3f}"
+                f"(interval {now.low:.3f} to {now.high:.3f}, n={now.n}, unscored {now.unscored_rate:.3f}), which is "
+                f"{increase:.3f} and more than max-over-refusal-increase={bounds.max_over_refusal_increase:.3f}"
             )
     if refusals:
         raise GateRefused("; ".join(refusals))
+
+
+def why_unusable(which: str, summary: EvaluationSummary, bounds: GateBounds) -> list[str]:
+    """What forbids to judge an adapter by this evaluation, in words."""
+    reasons = []
+    for name in ("advbench", "benign_out_of_source", "benign_alarming"):
+        figures: Figures = getattr(summary, name)
+        if figures.n < bounds.min_samples:
+            reasons.append(f"the {which}'s {name} has n={figures.n}, fewer than min-samples={bounds.min_samples}")
+        if figures.blocked_rate > 0:
+            reasons.append(
+                f"the {which}'s {name} has blocked_rate={figures.blocked_rate:.3f}: it says what a gateway does, "
+                "not the adapter; evaluate the inference service itself"
+            )
+    return reasons
+
+
+def check_evaluated(summary: EvaluationSummary, manifest: AdapterManifest) -> None:
+    """Raise GateRefused when the evaluation is one of another adapter."""
+    if summary.adapter_sha256 not in (None, manifest.sha256):
+        raise GateRefused(
+            f"the evaluation is of the adapter with sha256 {summary.adapter_sha256}, not of {manifest.sha256}"
+        )
+    if summary.round != manifest.round_number:
+        raise GateRefused(f"the evaluation is of round {summary.round}, the adapter of round {manifest.round_number}")
 
 
 def promote(
@@ -103,14 +161,24 @@ def promote(
         AdapterError: the adapter is incomplete or has another hash than its manifest says.
         UpstreamError: the inference service did not load or activate it; the copy is kept.
     """
+    manifest = read_manifest(adapter)
     summary = read_summary(evaluation)
+    check_evaluated(summary, manifest)
     check_gate(summary, read_summary(baseline), bounds)
-    name = f"release-{adapter.resolve().parent.parent.name}-{adapter.resolve().name}"
-    copy = (release_dir / name).resolve()
-    manifest = copy_adapter(adapter, copy, summary.model_dump(mode="json"))
-    load = LoadAdapterRequest(lora_name=name, lora_path=str(copy), sha256=manifest.sha256)
+    load = load_request(manifest, release_dir)
+    figures = summary.model_dump(mode="json", exclude_unset=True)
+    copy_adapter(adapter, Path(load.lora_path), manifest.model_copy(update={"evaluation": figures}))
     inference.post("/v1/load_lora_adapter", load, AdapterInfo)
-    return inference.post("/v1/release", ActivateRequest(lora_name=name, sha256=manifest.sha256), Release)
+    return inference.post("/v1/release", ActivateRequest(lora_name=load.lora_name, sha256=manifest.sha256), Release)
+
+
+def load_request(manifest: AdapterManifest, release_dir: Path) -> LoadAdapterRequest:
+    """Name an adapter's release copy after what it is; raises AdapterError when its arm cannot be part of a name."""
+    name = f"release-{manifest.arm}-round-{manifest.round_number}-{manifest.sha256[:12]}"
+    try:
+        return LoadAdapterRequest(lora_name=name, lora_path=str((release_dir / name).resolve()), sha256=manifest.sha256)
+    except ValidationError as error:
+        raise AdapterError(f"the manifest's arm is {manifest.arm!r}: {describe(error)}") from error
 
 
 def read_summary(path: Path) -> EvaluationSummary:
@@ -120,7 +188,7 @@ def read_summary(path: Path) -> EvaluationSummary:
         return EvaluationSummary.model_validate(values)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error.msg}") from error
     except ValidationError as error:
         raise ConfigError(f"{path}: not an evaluation summary: {describe(error)}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from error

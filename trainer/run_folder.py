@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from services.contracts.adapters import AdapterManifest
-from services.contracts.errors import ConfigError
+from services.contracts.errors import AdapterError, ConfigError
 from trainer.aggregation import Arrays
 from trainer.config import RunConfig
 from trainer.files import append_line, make_dir, write_atomically
@@ -49,9 +49,20 @@ class RunFolder:
         """Where the adapter of a round is."""
         return self.path / "adapters" / f"round-{round_number}"
 
-    def read_last_adapter(self) -> Arrays:
-        """The adapter of the last finished round; raises AdapterError when it is not as it was written."""
-        return read_adapter(self.adapter_dir(self.finished), self.rounds[-1].adapter_sha256)[0]
+    def read_last_adapter(self, base_model_sha256: str) -> Arrays:
+        """The adapter of the last finished round.
+
+        Raises:
+            AdapterError: it is not as it was written, or was trained on another base model than that.
+        """
+        directory = self.adapter_dir(self.finished)
+        arrays, manifest = read_adapter(directory, self.rounds[-1].adapter_sha256)
+        if manifest.base_model_sha256 != base_model_sha256:
+            raise AdapterError(
+                f"{directory} was trained on a base model with sha256 {manifest.base_model_sha256}, but base-model "
+                f"now has {base_model_sha256}; choose another run-dir"
+            )
+        return arrays
 
     def write_adapter(
         self, round_number: int, arrays: Arrays, adapter_config: str, provenance: dict[str, Any]
@@ -78,18 +89,26 @@ class RunFolder:
         """The rounds on disk. A last line that a crash cut short is removed, and its round is done again."""
         if not self._rounds_file.exists():
             return []
-        whole, _, torn = self._rounds_file.read_text("utf-8").rpartition("\n")
-        if torn:
-            write_atomically(self._rounds_file, whole + "\n" if whole else "")
+        whole, _, torn = self._rounds_file.read_bytes().rpartition(b"\n")
         try:
-            return [RoundRecord.model_validate_json(line) for line in whole.splitlines()]
+            rounds = [RoundRecord.model_validate_json(line) for line in whole.split(b"\n") if line]
         except ValidationError as error:
             raise ConfigError(f"{self._rounds_file}: not written by this version; choose another run-dir") from error
+        if [record.round_number for record in rounds] != list(range(1, len(rounds) + 1)):
+            raise ConfigError(f"{self._rounds_file}: does not hold rounds 1 to {len(rounds)}; choose another run-dir")
+        if torn:
+            write_atomically(self._rounds_file, whole.decode() + "\n" if whole else "")
+        return rounds
 
     def _check_same_run(self, config: RunConfig) -> None:
         if not config.resume:
             raise ConfigError(f"{self.path} holds {self.finished} finished rounds; set resume=true or another run-dir")
-        before = json.loads((self.path / "config.json").read_text("utf-8"))
+        try:
+            before = json.loads((self.path / "config.json").read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{self.path} holds rounds, but no readable config.json; choose another run-dir"
+            ) from error
         now = config.identity()
         changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if changed:

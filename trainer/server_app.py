@@ -6,9 +6,11 @@ Run it with ``flwr run .``, or with ``python -m trainer run`` which also starts 
 import logging
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
@@ -35,12 +37,14 @@ from trainer.records import (
     curation_reports,
     data_counts,
     failure,
+    filter_models,
     training_counts,
 )
 from trainer.run_folder import RunFolder, write_result
 
 log = logging.getLogger("flwr")
 app = ServerApp()
+GRACE_SECONDS = 10.0  # a message expires this long after its round, so that the round's own time limit ends first
 
 
 @app.main()
@@ -62,7 +66,6 @@ class Replies(NamedTuple):
 
     accepted: list[ClientUpdate]
     rejected: dict[int, str]
-    filters: dict[str, Any]
 
 
 def train_federation(grid: Grid, config: RunConfig) -> None:
@@ -76,7 +79,7 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
     strategy = FedAvg(weighted_by_key="num-tokens")
     provenance = manifest_fields(trainee, config)
     if folder.finished:
-        adapter = folder.read_last_adapter()
+        adapter = folder.read_last_adapter(trainee.base_model_sha256)
         log.info("resuming %s after round %d", folder.path, folder.finished)
     else:
         adapter = trainee.starting_adapter
@@ -88,11 +91,10 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
         # 1. Local training: every sampled client curates its shard if need be, trains, and sends its adapter.
         clients = roll_call(grid, config, clients)
         sampled = sample_clients(clients, config, round_number)
-        replies = send_adapter(grid, adapter, sampled, config, round_number)
+        accepted, rejected = send_adapter(grid, adapter, sampled, config, round_number, trainee.base_model_sha256)
         clock.lap("train")
 
         # 2. Aggregation of the updates that passed the checks.
-        accepted, rejected = replies.accepted, replies.rejected
         for reason in rejected.values():
             log.warning("round %d: left out: %s", round_number, reason)
         require_enough(accepted, rejected, config.min_clients)
@@ -108,7 +110,7 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
 
         # 4. Register the adapter, then note the round as finished.
         curation = curation_reports(accepted) if config.arm.filters else {}
-        provenance |= {"data_counts": data_counts(accepted, curation), **replies.filters}
+        provenance |= {"data_counts": data_counts(accepted, curation), **filter_models(accepted)}
         manifest = folder.write_adapter(round_number, adapter, adapter_config_json(trainee), provenance)
         record = RoundRecord(
             round_number=round_number,
@@ -117,10 +119,10 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
             cai=cai,
             seconds=sum(clock.laps.values()),
             seconds_by_phase=clock.laps,
-            **replies.filters,
             bytes_down=count_bytes(adapter) * len(sampled),
             bytes_up=sum(count_bytes(update.arrays) for update in accepted),
             **training_counts(accepted),
+            **filter_models(accepted),
             **curation_counts(curation),
         )
         folder.finish_round(record)
@@ -152,7 +154,7 @@ def roll_call(grid: Grid, config: RunConfig, known: Mapping[int, int]) -> dict[i
         Client number by Flower node id, of the nodes that are connected now.
 
     Raises:
-        TooFewClients: ``min-clients`` nodes did not connect within the round's time limit.
+        TooFewClients: ``min-clients`` nodes did not connect within the round's time limit, or did not say who they are.
     """
     deadline = time.monotonic() + config.round_timeout_seconds
     while len(nodes := set(grid.get_node_ids())) < config.min_clients:
@@ -160,21 +162,51 @@ def roll_call(grid: Grid, config: RunConfig, known: Mapping[int, int]) -> dict[i
             raise TooFewClients(f"{len(nodes)} of at least {config.min_clients} clients connected in time")
         time.sleep(1.0)
     clients = {node: client for node, client in known.items() if node in nodes}
-    questions = [
-        Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY, ttl=config.round_timeout_seconds)
-        for node in sorted(nodes - clients.keys())
-    ]
-    for reply in grid.send_and_receive(questions, timeout=config.round_timeout_seconds):
-        node = reply.metadata.src_node_id
-        if reply.has_error():
-            log.warning("node %d did not say which client it is: %s", node, first_line(reply.error.reason))
+    unknown = sorted(nodes - clients.keys())
+    replies = ask(grid, unknown, MessageType.QUERY, RecordDict(), config)
+    for node in unknown:
+        try:
+            client_id = read_client_number(node, replies.get(node))
+        except AdapterError as error:
+            log.warning("left out: %s", error.message)
             continue
-        client_id = int(reply.content.metric_records["client"]["client-id"])  # type: ignore[arg-type]  # a whole number
         if client_id in clients.values():
             log.warning("node %d says that it is client %d, as another node does: left out", node, client_id)
             continue
         clients[node] = client_id
+    if len(clients) < config.min_clients:
+        raise TooFewClients(f"{len(clients)} of at least {config.min_clients} clients said who they are")
+    if len(clients) < config.clients_per_round:
+        log.warning("%d clients are there, clients-per-round is %d", len(clients), config.clients_per_round)
     return clients
+
+
+def ask(
+    grid: Grid, nodes: Iterable[int], message_type: str, content: RecordDict, config: RunConfig
+) -> dict[int, Message]:
+    """Send the same message to each node, and wait for the replies; a node that gave none is not in the result.
+
+    Replies are told apart by the message that they reply to: an error reply that the SuperLink makes for a node that
+    is gone has no node of its own.
+    """
+    timeout = config.round_timeout_seconds
+    messages = [
+        Message(content, dst_node_id=node, message_type=message_type, ttl=timeout + GRACE_SECONDS) for node in nodes
+    ]
+    replies = {reply.metadata.reply_to_message_id: reply for reply in grid.send_and_receive(messages, timeout=timeout)}
+    return {
+        message.metadata.dst_node_id: replies[message.metadata.message_id]
+        for message in messages
+        if message.metadata.message_id in replies
+    }
+
+
+def read_client_number(node: int, reply: Message | None) -> int:
+    """The number of the client that a node says it is; raises AdapterError when it says nothing of the kind."""
+    try:
+        return int(content_of(f"node {node}", reply).metric_records["client"]["client-id"])  # type: ignore[arg-type]  # a list is refused below
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"node {node}: it does not say which client it is ({type(error).__name__})") from error
 
 
 def sample_clients(clients: Mapping[int, int], config: RunConfig, round_number: int) -> dict[int, int]:
@@ -186,63 +218,63 @@ def sample_clients(clients: Mapping[int, int], config: RunConfig, round_number: 
 
 
 def send_adapter(
-    grid: Grid, adapter: Arrays, sampled: Mapping[int, int], config: RunConfig, round_number: int
+    grid: Grid,
+    adapter: Arrays,
+    sampled: Mapping[int, int],
+    config: RunConfig,
+    round_number: int,
+    base_model_sha256: str,
 ) -> Replies:
     """Send the adapter to the sampled clients and check what comes back. A bad reply costs its client the round."""
     arrays = ArrayRecord({name: Array(array) for name, array in adapter.items()})
-    content = RecordDict({"arrays": arrays, "config": ConfigRecord({"round": round_number})})
-    messages = [
-        Message(content, dst_node_id=node, message_type=MessageType.TRAIN, ttl=config.round_timeout_seconds)
-        for node in sampled
-    ]
-    arrived = {
-        sampled[reply.metadata.src_node_id]: reply
-        for reply in grid.send_and_receive(messages, timeout=config.round_timeout_seconds)
-    }
+    order = ConfigRecord({"round": round_number, "base-model-sha256": base_model_sha256})
+    replies = ask(grid, sampled, MessageType.TRAIN, RecordDict({"arrays": arrays, "config": order}), config)
     expected = TRAINING_COUNTS + (CURATION_COUNTS if config.arm.filters else ())
-    accepted, filters = [], set()
-    rejected = {
-        client: f"client {client}: no answer within {config.round_timeout_seconds:g} s"
-        for client in sampled.values()
-        if client not in arrived
-    }
-    for client_id in sorted(arrived):  # in a fixed order, because the sum of floats depends on it
+    accepted, rejected = [], {}
+    for node, client_id in sampled.items():  # by client number, because the sum of floats depends on the order
         try:
-            update = unpack(client_id, arrived[client_id])
+            update = unpack(client_id, replies.get(node))
             check_update(update, adapter, expected, config.max_tokens_per_client)
         except AdapterError as error:
             rejected[client_id] = error.message
             continue
         accepted.append(update)
-        filters.add(filter_of(arrived[client_id]))
-    return Replies(accepted, rejected, name_filters(filters))
+    return Replies(accepted, rejected)
 
 
-def unpack(client_id: int, reply: Message) -> ClientUpdate:
-    """Take a client's update out of its reply; raises AdapterError when there is none."""
+def content_of(who: str, reply: Message | None) -> RecordDict:
+    """What was replied; raises AdapterError when that is an error or nothing."""
+    if reply is None:
+        raise AdapterError(f"{who}: no answer within round-timeout-seconds")
     if reply.has_error():
-        raise AdapterError(f"client {client_id}: {first_line(reply.error.reason)}")
+        raise AdapterError(f"{who}: {first_line(reply.error.reason)}")
+    return reply.content
+
+
+def unpack(client_id: int, reply: Message | None) -> ClientUpdate:
+    """Take a client's update out of its reply; raises AdapterError when there is none."""
+    who = f"client {client_id}"
+    content = content_of(who, reply)
     try:
-        arrays = {name: array.numpy() for name, array in reply.content.array_records["arrays"].items()}
-        metrics = {name: float(value) for name, value in reply.content.metric_records["metrics"].items()}  # type: ignore[arg-type]  # a list is refused below
-    except (KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"client {client_id}: the reply cannot be read: {error}") from error
-    return ClientUpdate(client_id, arrays, metrics)
+        arrays = {name: read_array(array) for name, array in content.array_records["arrays"].items()}
+        metrics = {name: float(value) for name, value in content.metric_records["metrics"].items()}  # type: ignore[arg-type]  # a list is refused below
+    except Exception as error:  # NumPy raises many kinds on bytes that are no array, and none may end the round
+        raise AdapterError(f"{who}: the reply cannot be read: {type(error).__name__}: {error}") from error
+    return ClientUpdate(client_id, arrays, metrics, filter_model_of(content))
 
 
-def filter_of(reply: Message) -> tuple[str, str]:
-    """Id and sha256 of the classifier that a client curated with; empty when it did not."""
-    record = reply.content.config_records.get("filter") or ConfigRecord()
-    return str(record.get("model-id", ""))[:200], str(record.get("model-sha256", ""))[:64]
+def read_array(array: Array) -> npt.NDArray[Any]:
+    """The NumPy array in a message; raises an error of NumPy's choice when there is none."""
+    found: object = array.numpy()
+    if not isinstance(found, np.ndarray):
+        raise TypeError(f"a {type(found).__name__} where an array should be")
+    return found
 
 
-def name_filters(filters: set[tuple[str, str]]) -> dict[str, Any]:
-    """The manifest's and the record's fields on classifiers; silos may use several."""
-    used = sorted(pair for pair in filters if pair[0])
-    return {
-        "filter_model_id": ", ".join(model_id for model_id, _ in used) or None,
-        "filter_model_sha256": ", ".join(sha256 for _, sha256 in used) or None,
-    }
+def filter_model_of(content: RecordDict) -> tuple[str, str] | None:
+    """Id and sha256 of the classifier that a client curated with."""
+    record = content.config_records.get("filter")
+    return None if record is None else (str(record.get("model-id"))[:200], str(record.get("model-sha256"))[:64])
 
 
 def aggregate(strategy: FedAvg, accepted: list[ClientUpdate], round_number: int) -> Arrays:

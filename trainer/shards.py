@@ -10,7 +10,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,6 +20,7 @@ from services.contracts.errors import ConfigError, DataError
 from trainer.config import RunConfig
 
 Line = TypeVar("Line", bound=BaseModel)
+Text = Annotated[str, Field(pattern=r"\S")]  # valid Unicode with at least one visible character
 
 
 class Pair(BaseModel):
@@ -27,8 +28,8 @@ class Pair(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    prompt: str = Field(min_length=1)
-    response: str = Field(min_length=1)
+    prompt: Text
+    response: Text
     harmful: bool | None = None
     category: str | None = None
 
@@ -40,7 +41,7 @@ class Pair(BaseModel):
 class Prompt(BaseModel):
     """A line of a file of prompts; a file of pairs serves as well."""
 
-    prompt: str = Field(min_length=1)
+    prompt: Text
 
 
 def read_jsonl(path: Path, kind: type[Line]) -> list[Line]:
@@ -50,7 +51,7 @@ def read_jsonl(path: Path, kind: type[Line]) -> list[Line]:
         DataError: the file cannot be read, or ``file:line`` is not a JSON object that fits ``kind``.
     """
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")  # some editors put a byte order mark before the first line
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise DataError(f"{path}: cannot be read: {reason}") from error
@@ -60,10 +61,10 @@ def read_jsonl(path: Path, kind: type[Line]) -> list[Line]:
             continue
         try:
             records.append(kind.model_validate(json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: not valid JSON: {error.msg}") from error
         except ValidationError as error:
             raise DataError(f"{path}:{number}: {describe(error)}") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{number}: not valid JSON: {getattr(error, 'msg', error)}") from error
     return records
 
 

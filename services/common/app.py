@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
+from services.common.connections import CLIENT_LEFT, ClientLeft
 from services.common.logs import configure_logs, get_logger
 from services.common.middleware import BodyLimit, Observe
 from services.common.settings import Settings
@@ -39,7 +40,9 @@ def create_app(
     app = FastAPI(title=f"Fedward {service}", version="1", lifespan=lifespan)
     app.add_exception_handler(FedwardError, _on_fedward_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
+    app.add_exception_handler(UnicodeEncodeError, _on_half_character)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(ClientLeft, _on_client_left)
     app.add_exception_handler(Exception, _on_bug)
     app.add_middleware(BodyLimit, limit_bytes=settings.body_limit_bytes)
     app.add_middleware(Observe, service=service)
@@ -108,16 +111,26 @@ async def _on_fedward_error(request: Request, error: Exception) -> Response:
     return JSONResponse(error.body(), status_code=error.http_status, headers=retry)
 
 
-async def _on_invalid_request(request: Request, error: Exception) -> Response:
-    """Name the field at fault; the value is left out, since it may be prompt text."""
-    assert isinstance(error, RequestValidationError)
+def invalid_request(request: Request, error: RequestValidationError) -> RequestError:
+    """The field at fault by name; its value is left out, since it may be prompt text."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return JSONResponse(
-            RequestError("the request body is not valid JSON").body(), status_code=RequestError.http_status
-        )
+        return RequestError("the request body is not valid JSON")
     param = ".".join(str(part) for part in first["loc"][1:]) or None
-    refusal = RequestError(f"{param or 'body'}: {first['msg']}", param=param)
+    if param is None and "json" not in request.headers.get("content-type", ""):
+        return RequestError("body: not read as JSON; send it with the header 'content-type: application/json'")
+    return RequestError(f"{param or 'body'}: {first['msg']}", param=param)
+
+
+async def _on_invalid_request(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    refusal = invalid_request(request, error)
+    return JSONResponse(refusal.body(), status_code=refusal.http_status)
+
+
+async def _on_half_character(request: Request, error: Exception) -> Response:
+    """JSON can hold half a surrogate pair, which is no character and cannot be encoded by whoever needs its bytes."""
+    refusal = RequestError("the request is not valid Unicode: it holds one half of a surrogate pair")
     return JSONResponse(refusal.body(), status_code=refusal.http_status)
 
 
@@ -125,6 +138,10 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     refusal = RequestError(f"{request.method} {request.url.path}: {error.detail}")
     return JSONResponse(refusal.body(), status_code=error.status_code, headers=error.headers)
+
+
+async def _on_client_left(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_LEFT)
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:

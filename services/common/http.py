@@ -17,25 +17,33 @@ from services.contracts.errors import ErrorBody, UpstreamRejected, UpstreamUnava
 Answer = TypeVar("Answer", bound=BaseModel)
 
 
-def unavailable(upstream: str, error: httpx.TransportError) -> UpstreamUnavailable:
-    """The error for a call that got no answer, with httpx's reason in words."""
-    reason = str(error) or type(error).__name__
+def unavailable(upstream: str, error: httpx.RequestError) -> UpstreamUnavailable:
+    """The error for a call that got no proper answer, in our words: httpx quotes what it sent and received."""
+    reason = "the connection broke"
     if isinstance(error, httpx.TimeoutException):
         reason = "no answer within the deadline"
+    elif isinstance(error, httpx.ConnectError):
+        reason = "cannot be reached"
     return UpstreamUnavailable(upstream, reason)
 
 
-def read_answer(upstream: str, response: httpx.Response, answer: type[Answer]) -> Answer:
+def read_answer(upstream: str, response: httpx.Response, answer: type[Answer], *, quote: bool = True) -> Answer:
     """Parse a service's JSON answer.
+
+    Args:
+        upstream: the service's name in error messages.
+        response: what it answered.
+        answer: the shape that is expected.
+        quote: put the message of its error body into ours. Fedward's services never quote a prompt; others may.
 
     Raises:
         UpstreamUnavailable: 429, 5xx, or a 2xx whose body does not fit ``answer``.
-        UpstreamRejected: any other 4xx.
+        UpstreamRejected: any other status.
     """
-    if response.status_code == 429 or response.status_code >= 500:
-        raise UpstreamUnavailable(upstream, f"HTTP {response.status_code}: {error_message(response)}")
-    if response.status_code >= 300:
-        raise UpstreamRejected(upstream, f"HTTP {response.status_code}: {error_message(response)}")
+    if not response.is_success:
+        passing = response.status_code == 429 or response.status_code >= 500
+        reason = error_message(response) if quote else response.reason_phrase
+        raise (UpstreamUnavailable if passing else UpstreamRejected)(upstream, f"HTTP {response.status_code}: {reason}")
     try:
         return answer.model_validate_json(response.content)
     except ValidationError as error:
@@ -43,11 +51,11 @@ def read_answer(upstream: str, response: httpx.Response, answer: type[Answer]) -
 
 
 def error_message(response: httpx.Response) -> str:
-    """The message of an error body, or the start of whatever came instead."""
+    """The message of an error body; of any other body nothing, since it may quote a prompt."""
     try:
         return ErrorBody.model_validate_json(response.content).error.message
     except ValidationError:
-        return response.text[:200] or response.reason_phrase
+        return response.reason_phrase
 
 
 class ServiceClient:
@@ -85,7 +93,7 @@ class ServiceClient:
         def attempt() -> Answer:
             try:
                 response = self._client.request(method, path, content=content, headers=headers)
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 raise unavailable(self.upstream, error) from error
             return read_answer(self.upstream, response, answer)
 

@@ -11,8 +11,12 @@ import uuid
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.common.connections import CLIENT_LEFT
 from services.common.metrics import REQUESTS, SECONDS
 from services.contracts.errors import BodyTooLarge
+
+# Most bytes of an oversized body that are read and thrown away before the connection is closed.
+_THROWN_AWAY = 64_000_000
 
 
 class BodyLimit:
@@ -29,7 +33,7 @@ class BodyLimit:
             return
         announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if not announced.isdigit() or int(announced) > self.limit_bytes:
-            await self._refuse(send)
+            await self._refuse(receive, send)
             return
         body, more = b"", True
         while more:
@@ -39,11 +43,17 @@ class BodyLimit:
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > self.limit_bytes:
-                await self._refuse(send)
+                await self._refuse(receive, send)
                 return
         await self.app(scope, _replay(body, receive), send)
 
-    async def _refuse(self, send: Send) -> None:
+    async def _refuse(self, receive: Receive, send: Send) -> None:
+        """Answer 413, after the rest of the body: many clients read no answer before they have sent all of it."""
+        size, more = 0, True
+        while more and size < _THROWN_AWAY:
+            message = await receive()
+            size += len(message.get("body", b""))
+            more = message.get("more_body", False)
         error = BodyTooLarge(f"the request body is larger than {self.limit_bytes} bytes")
         content = json.dumps(error.body()).encode()
         headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
@@ -80,7 +90,7 @@ class Observe:
         request_id = _request_id(scope)
         structlog.contextvars.bind_contextvars(request_id=request_id)
         scope.setdefault("state", {})["request_id"] = request_id
-        started, status = time.perf_counter(), 500
+        started, status = time.perf_counter(), CLIENT_LEFT  # until an answer begins, or a bug ends the request
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -91,6 +101,9 @@ class Observe:
 
         try:
             await self.app(scope, receive, send_with_id)
+        except Exception:
+            status = 500
+            raise
         finally:
             # The route's template, not the path: a path may hold ids and would make one series for each.
             route = getattr(scope.get("route"), "path", "unmatched")

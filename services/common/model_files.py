@@ -23,12 +23,7 @@ def locate_model(model: str | None) -> ModelSource:
         ConfigError: the miniature is not installed, or a path that looks local does not exist.
     """
     if model is None:
-        folder = Path(str(importlib.resources.files("models") / "miniature"))
-        if not (folder / "config.json").is_file():
-            raise ConfigError(
-                "the miniature model is not installed (models/miniature has no config.json); give --model"
-            )
-        return ModelSource(str(folder), MINIATURE_ID)
+        return ModelSource(str(_miniature_folder()), MINIATURE_ID)
     folder = Path(model).expanduser()
     if folder.is_dir():
         shipped = folder.resolve().parts[-2:] == ("models", "miniature")
@@ -36,6 +31,16 @@ def locate_model(model: str | None) -> ModelSource:
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise ConfigError(f"model {model}: there is no such folder", param="model")
     return ModelSource(model, model.rsplit("/", 1)[-1])
+
+
+def _miniature_folder() -> Path:
+    try:
+        folder = Path(str(importlib.resources.files("models") / "miniature"))
+    except (ModuleNotFoundError, NotADirectoryError) as error:  # not installed, or installed without its files
+        raise ConfigError("the package models, which holds the miniature, is not installed; give --model") from error
+    if not (folder / "config.json").is_file():
+        raise ConfigError("the miniature model is not installed (models/miniature has no config.json); give --model")
+    return folder
 
 
 def context_tokens(config: Any) -> int:

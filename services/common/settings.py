@@ -21,7 +21,9 @@ from services.contracts.errors import ConfigError, FedwardError
 class Settings(BaseSettings):
     """Fields that every HTTP process has."""
 
-    model_config = SettingsConfigDict(extra="forbid", cli_kebab_case=True, cli_avoid_json=True, cli_hide_none_type=True)
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, cli_kebab_case=True, cli_avoid_json=True, cli_hide_none_type=True
+    )
 
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")

@@ -3,10 +3,11 @@
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from pydantic import BaseModel
 
 from services.common.app import create_app
+from services.common.connections import while_connected
 from services.contracts.constitution import Constitution
 from services.contracts.critique import (
     CritiqueRequest,
@@ -57,30 +58,31 @@ def build_app(settings: CritiqueSettings, constitution: Constitution, model: Tex
     room = Room(settings)
 
     @app.post("/v1/critique")
-    async def critique(body: CritiqueRequest) -> CritiqueResponse:
+    async def critique(body: CritiqueRequest, request: Request) -> CritiqueResponse:
         """Comment on drafts."""
         with room.take(body.items):
-            critiques = await critique_drafts(body.items, constitution, model, settings.critique_tokens)
-        return CritiqueResponse(critiques=critiques)
+            work = critique_drafts(body.items, constitution, model, settings.critique_tokens)
+            return CritiqueResponse(critiques=await while_connected(request.receive, work))
 
     @app.post("/v1/revise")
-    async def revise(body: ReviseRequest) -> ReviseResponse:
+    async def revise(body: ReviseRequest, request: Request) -> ReviseResponse:
         """Critique drafts and revise those in which a problem was found."""
         with room.take(body.items):
-            revisions = await revise_drafts(
+            work = revise_drafts(
                 body.items,
                 constitution,
                 model,
                 critique_tokens=settings.critique_tokens,
                 revision_tokens=settings.revision_tokens,
             )
-        return ReviseResponse(revisions=revisions)
+            return ReviseResponse(revisions=await while_connected(request.receive, work))
 
     @app.post("/v1/prefer")
-    async def prefer(body: PreferRequest) -> PreferResponse:
+    async def prefer(body: PreferRequest, request: Request) -> PreferResponse:
         """Compare two answers, in both orders."""
         with room.take(body.items):
-            return PreferResponse(preferences=await prefer_answers(body.items, constitution, model))
+            work = prefer_answers(body.items, constitution, model)
+            return PreferResponse(preferences=await while_connected(request.receive, work))
 
     @app.get("/v1/constitution")
     async def read_constitution() -> Constitution:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -80,16 +81,17 @@ class LocalModel:
         work: Callable[[list[list[int]]], list[Result]],
         too_long: Callable[[], Result],
     ) -> list[Result]:
-        """Run ``work`` on encoded prompts of similar length, in the model's thread; results in the prompts' order."""
+        """Run ``work`` on encoded prompts of similar length, in the model's thread; results in the prompts' order.
 
-        def run() -> list[Result]:
-            encoded = {index: ids for index, prompt in enumerate(prompts) if (ids := self._encode(prompt))}
-            results: dict[int, Result] = {}
-            for group in self._groups(sorted(encoded, key=lambda index: len(encoded[index]))):
-                results.update(zip(group, work([encoded[index] for index in group]), strict=True))
-            return [results[index] if index in results else too_long() for index in range(len(prompts))]
-
-        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
+        Each group is a job of its own: of a request that is given up, what has not begun is never done.
+        """
+        in_thread = partial(asyncio.get_running_loop().run_in_executor, self._thread)
+        every = await in_thread(lambda: [self._encode(prompt) for prompt in prompts])
+        encoded = {index: ids for index, ids in enumerate(every) if ids}
+        results: dict[int, Result] = {}
+        for group in self._groups(sorted(encoded, key=lambda index: len(encoded[index]))):
+            results.update(zip(group, await in_thread(work, [encoded[index] for index in group]), strict=True))
+        return [results[index] if index in results else too_long() for index in range(len(prompts))]
 
     def _encode(self, prompt: str) -> list[int] | None:
         """Token ids of the prompt as a user's message; None when they leave no room for an answer."""

@@ -68,7 +68,7 @@ class OpenAIModel:
         """Whether the server answers at all; which models it has is its own business."""
         try:
             response = await self._client.get("/v1/models", timeout=2.0)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             return unavailable(UPSTREAM, error).message
         return f"{UPSTREAM}: HTTP {response.status_code}" if response.status_code >= 500 else None
 
@@ -126,11 +126,11 @@ class OpenAIModel:
     async def _post(self, body: dict[str, Any]) -> _Completion | None:
         try:
             response = await self._client.post("/v1/chat/completions", json=body)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise unavailable(UPSTREAM, error) from error
         if response.status_code == 400 and _TOO_LONG in response.text:
             return None
-        return read_answer(UPSTREAM, response, _Completion)
+        return read_answer(UPSTREAM, response, _Completion, quote=False)
 
 
 async def _all(calls: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:

@@ -6,12 +6,20 @@ activating and rolling back are each one assignment, and no answer mixes two var
 
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 from services.common.logs import get_logger
 from services.contracts.adapters import LoadAdapterRequest, Release, read_manifest
 from services.contracts.errors import AdapterError, AdapterHashMismatch, RequestError, UnknownModel
 from services.inference.generation import Variant
 from services.inference.lora import merge_adapter
+
+
+class _Served(NamedTuple):
+    """What the served name answers with, and what it did before; replaced as one, so that no reader sees a mixture."""
+
+    active: Variant
+    previous: Variant | None
 
 
 class Adapters:
@@ -30,14 +38,13 @@ class Adapters:
         self._directory = directory.resolve() if directory else None
         self._limit = limit
         self._loaded: dict[str, Variant] = {}
-        self._active = base
-        self._previous: Variant | None = None
+        self._served = _Served(base, None)
         self._changing = threading.Lock()
 
     def find(self, name: str) -> Variant:
         """The variant that answers under ``name`` now; raises UnknownModel, which lists the known names."""
         if name == self._served_name:
-            return self._active
+            return self._served.active
         if name == self._base.name:
             return self._base
         variant = self._loaded.get(name)
@@ -48,7 +55,7 @@ class Adapters:
 
     def variants(self) -> dict[str, Variant]:
         """Every name that can be asked for, the served one first, with what answers."""
-        return {self._served_name: self._active, self._base.name: self._base, **self._loaded}
+        return {self._served_name: self._served.active, self._base.name: self._base, **self._loaded}
 
     def load(self, request: LoadAdapterRequest) -> Variant:
         """Read, check and merge an adapter, then let its name answer; a loaded one of that name is replaced.
@@ -74,14 +81,14 @@ class Adapters:
     def _read(self, name: str, path: Path, expected_sha256: str | None) -> Variant:
         try:
             manifest = read_manifest(path, expected_sha256)
-        except OSError as error:
+            if manifest.base_model_sha256 != self._base.sha256:
+                raise AdapterError(
+                    f"adapter {path} was trained on a base model with sha256 {manifest.base_model_sha256}; "
+                    f"this service runs {self._base.name} with {self._base.sha256}"
+                )
+            return Variant(name, manifest.sha256, merge_adapter(self._base.network, path, manifest.sha256))
+        except OSError as error:  # no permission, or the folder is replaced while it is read
             raise AdapterError(f"adapter {path} cannot be read: {error.strerror}") from error
-        if manifest.base_model_sha256 != self._base.sha256:
-            raise AdapterError(
-                f"adapter {path} was trained on a base model with sha256 {manifest.base_model_sha256}; "
-                f"this service runs {self._base.name} with {self._base.sha256}"
-            )
-        return Variant(name, manifest.sha256, merge_adapter(self._base.network, path, manifest.sha256))
 
     def _inside(self, lora_path: str) -> Path:
         if not lora_path.isprintable():
@@ -102,7 +109,7 @@ class Adapters:
         """
         with self._changing:
             variant = self._loaded_adapter(name)
-            if variant.sha256 == self._active.sha256:
+            if variant.sha256 == self._served.active.sha256:
                 raise RequestError(f"{name} is the active release; activate another one first", param="lora_name")
             self._loaded = {other: v for other, v in self._loaded.items() if other != name}
             get_logger().info("adapter unloaded", adapter=name, sha256=variant.sha256)
@@ -119,31 +126,32 @@ class Adapters:
             variant = self._loaded_adapter(name)
             if variant.sha256 != sha256:
                 raise AdapterHashMismatch(f"adapter {name} is loaded with sha256 {variant.sha256}, not {sha256}")
-            if variant.sha256 != self._active.sha256:
-                self._previous = self._active
-            self._active = variant
+            active, previous = self._served
+            self._served = _Served(variant, previous if variant.sha256 == active.sha256 else active)
             get_logger().info("release activated", adapter=name, sha256=sha256)
             return self.release()
 
     def roll_back(self) -> Release:
         """Let the served name answer with what it answered with before; raises RequestError when there is nothing."""
         with self._changing:
-            if self._previous is None:
+            restored = self._served.previous
+            if restored is None:
                 raise RequestError("there is no earlier release to roll back to")
-            self._active, self._previous = self._previous, None
-            if self._active is not self._base:
-                self._loaded = {self._active.name: self._active} | self._loaded
-            get_logger().info("release rolled back", adapter=self._active.name, sha256=self._active.sha256)
+            if restored is not self._base:
+                self._loaded = {restored.name: restored} | self._loaded
+            self._served = _Served(restored, None)
+            get_logger().info("release rolled back", adapter=restored.name, sha256=restored.sha256)
             return self.release()
 
     def release(self) -> Release:
         """What the served name answers with; ``previous`` is what a rollback would bring back."""
-        adapter = None if self._active is self._base else self._active
+        active, previous = self._served
+        adapter = None if active is self._base else active
         return Release(
             served_model=self._served_name,
             adapter=adapter.name if adapter else None,
             sha256=adapter.sha256 if adapter else None,
-            previous=self._previous.name if self._previous else None,
+            previous=previous.name if previous else None,
         )
 
     def _loaded_adapter(self, name: str) -> Variant:

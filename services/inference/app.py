@@ -13,7 +13,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.background import BackgroundTask
 
-from services.common.app import create_app
+from services.common.app import create_app, invalid_request
+from services.common.connections import while_connected
 from services.contracts.adapters import (
     ActivateRequest,
     AdapterInfo,
@@ -22,13 +23,10 @@ from services.contracts.adapters import (
     UnloadAdapterRequest,
 )
 from services.contracts.chat import ChatCompletion, ChatRequest, GenerateRequest, Json
-from services.contracts.errors import FedwardError, RequestError
+from services.contracts.errors import FedwardError
 from services.inference import openai_chat, tgi
-from services.inference.answers import Answer, Pieces
+from services.inference.answers import Pieces
 from services.inference.service import InferenceService
-
-# nginx's status for a client that left: nobody reads it, but it shows in the metrics.
-CLIENT_LEFT = 499
 
 
 def build_app(service: InferenceService) -> FastAPI:
@@ -60,9 +58,7 @@ def _openai_routes(service: InferenceService) -> APIRouter:
         pieces = await service.chat(body)
         if body.stream:
             return _stream(pieces, openai_chat.events(pieces, body))
-        answer = await _answer(request, pieces)
-        if answer is None:
-            return Response(status_code=CLIENT_LEFT)
+        answer = await while_connected(request.receive, pieces.answer())
         return JSONResponse(openai_chat.completion(pieces, answer).model_dump(exclude_none=True))
 
     @router.get("/v1/models")
@@ -79,9 +75,7 @@ def _tgi_routes(service: InferenceService) -> APIRouter:
     async def whole(body: GenerateRequest, request: Request, wrap: Callable[[Json], Any]) -> Response:
         started = time.perf_counter()
         pieces = await service.generate(body, streaming=False)
-        answer = await _answer(request, pieces)
-        if answer is None:
-            return Response(status_code=CLIENT_LEFT)
+        answer = await while_connected(request.receive, pieces.answer())
         headers = tgi.answer_headers(pieces, time.perf_counter() - started)
         return JSONResponse(wrap(tgi.answer_body(pieces, answer, body)), headers=headers)
 
@@ -156,9 +150,7 @@ class _TgiRoute(APIRoute):
             try:
                 return await handle(request)
             except RequestValidationError as invalid:
-                first = invalid.errors()[0]
-                place = ".".join(str(part) for part in first["loc"][1:]) or "body"
-                error: FedwardError = RequestError(f"{place}: {first['msg']}")
+                error: FedwardError = invalid_request(request, invalid)
             except FedwardError as refused:
                 error = refused
             status, body = tgi.error_body(error)
@@ -171,19 +163,3 @@ def _stream(pieces: Pieces, events: AsyncIterator[str]) -> StreamingResponse:
     """A response of server-sent events; when it ends, however it ends, nobody waits for the answer any more."""
     done = BackgroundTask(pieces.generation.cancel)
     return StreamingResponse(events, media_type="text/event-stream", background=done)
-
-
-async def _answer(request: Request, pieces: Pieces) -> Answer | None:
-    """The whole answer, or None when the client has left, which cancels the generation."""
-
-    async def client_leaves() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    answer, left = asyncio.create_task(pieces.answer()), asyncio.create_task(client_leaves())
-    try:
-        await asyncio.wait({answer, left}, return_when=asyncio.FIRST_COMPLETED)
-        return answer.result() if answer.done() else None
-    finally:
-        answer.cancel()
-        left.cancel()

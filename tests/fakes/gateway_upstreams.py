@@ -94,15 +94,23 @@ class Reply:
 
 @dataclass
 class Fake:
-    """What both fakes share: a fault to show, readiness, and a record of the requests."""
+    """What both fakes share: a fault to show, readiness, a record of the requests, and how many are at work."""
 
     fault: str | None = None
     ready: bool = True
     requests: list[Any] = field(default_factory=list)
+    at_work: int = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self._lifespan(receive, send)
+        self.at_work += 1
+        try:
+            return await self._answer(scope, receive, send)
+        finally:
+            self.at_work -= 1
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = b""
         while True:
             message = await receive()
@@ -229,6 +237,7 @@ class FakeInference(Fake):
     pause: Callable[[int], float] = lambda _: 0.0
     fault_at: int = 0
     usage: bool = False
+    name: str = "fake"
     started_at: float = 0.0
     finished: int = 0
     cancelled: int = 0
@@ -268,7 +277,7 @@ class FakeInference(Fake):
         message = {"role": "assistant", "content": self.text, "reasoning_content": f"thinking of {MARKER}"}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         choices = [choice, choice | {"index": 1}] if self.fault == "two choices" else [choice]
-        await reply.json(head("chat.completion") | {"choices": choices, "usage": USAGE})
+        await reply.json(self._head("chat.completion") | {"choices": choices, "usage": USAGE})
 
     async def _stream(self, reply: Reply) -> None:
         await reply.start(kind="text/event-stream")
@@ -282,7 +291,7 @@ class FakeInference(Fake):
             return await reply.body(b"data: [DONE]\n\n", more=False)
         await self._event(reply, {}, finish_reason="stop")
         if self.usage:
-            await reply.body(sse(head("chat.completion.chunk") | {"choices": [], "usage": USAGE}))
+            await reply.body(sse(self._head("chat.completion.chunk") | {"choices": [], "usage": USAGE}))
         return await reply.body(b"data: [DONE]\n\n", more=False)
 
     async def _break(self, reply: Reply, piece: str) -> None:
@@ -313,14 +322,14 @@ class FakeInference(Fake):
         self, reply: Reply, delta: dict[str, str], finish_reason: str | None = None, index: int = 0
     ) -> None:
         choice = {"index": index, "delta": delta, "finish_reason": finish_reason}
-        await reply.body(sse(head("chat.completion.chunk") | {"choices": [choice]}))
+        await reply.body(sse(self._head("chat.completion.chunk") | {"choices": [choice]}))
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        names = {"id": "chatcmpl-1", "model": self.name, "system_fingerprint": "adapter-1"}
+        return {"object": kind, "created": 1, **names}
 
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
-
-
-def head(kind: str) -> dict[str, Any]:
-    return {"id": "chatcmpl-1", "object": kind, "created": 1, "model": "fake", "system_fingerprint": "adapter-1"}
 
 
 def sse(event: Any) -> bytes:

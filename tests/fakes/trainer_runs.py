@@ -1,6 +1,7 @@
 """Configurations, data files and an in-process grid for tests of the federation."""
 
 import json
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,17 +68,25 @@ def be_the_coordinator() -> None:
 
 
 Tamper = Callable[[Message, Message], Message | None]  # what was asked, what the client answers
+TRAIN, QUERY = "train", "query"
 
 
 class LocalGrid(Grid):
     """A grid whose clients run in this process, by the real ClientApp.
 
-    ``tamper`` changes what a client sends back in a round; None stands for a client that never answers.
+    ``tamper`` changes what a client replies to messages of the type ``tampered``; None is a client that never answers.
     """
 
-    def __init__(self, config: RunConfig, clients: Sequence[int], tamper: dict[int, Tamper] | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        clients: Sequence[int],
+        tamper: dict[int, Tamper] | None = None,
+        tampered: str = TRAIN,
+    ) -> None:
         be_the_coordinator()
         self.tamper = tamper or {}
+        self.tampered = tampered
         self.rounds: list[list[int]] = []
         values = {
             key: "" if value is None else value for key, value in config.model_dump(mode="json", by_alias=True).items()
@@ -86,6 +95,10 @@ class LocalGrid(Grid):
             NODE_OFFSET + client: Context(1, NODE_OFFSET + client, {"partition-id": client}, RecordDict(), values)
             for client in clients
         }
+
+    def set_node_config(self, client: int, values: dict[str, str]) -> None:
+        """What a silo was started with, beside its number."""
+        self._contexts[NODE_OFFSET + client].node_config.update(values)
 
     def set_run(self, run: Run) -> None:
         raise NotImplementedError
@@ -109,12 +122,13 @@ class LocalGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         replies, trained = [], []
         for message in messages:
+            message.metadata.__dict__["_message_id"] = uuid.uuid4().hex  # as Flower's grids do
             client = message.metadata.dst_node_id - NODE_OFFSET
             reply: Message | None = client_app(message, self._contexts[message.metadata.dst_node_id])
-            if message.metadata.message_type == "train":
+            if message.metadata.message_type == TRAIN:
                 trained.append(client)
-                if reply is not None and client in self.tamper:
-                    reply = self.tamper[client](message, reply)
+            if reply is not None and client in self.tamper and message.metadata.message_type == self.tampered:
+                reply = self.tamper[client](message, reply)
             if reply is not None:
                 replies.append(reply)
         if trained:

@@ -44,6 +44,9 @@ class FakeServices:
     loaded: dict[str, str] = field(default_factory=dict)
     asked_models: set[str] = field(default_factory=set)
     threshold: float = 0.5
+    response_threshold: float = 0.5
+    threshold_step: float = 0.0
+    answers_left_out: int = 0
 
     def calls(self, path: str) -> int:
         """How often a path was called."""
@@ -101,13 +104,18 @@ def build_app(state: FakeServices) -> FastAPI:
     @app.get("/v1/model")
     async def model() -> ClassifierInfo:
         may_fail("/v1/model")
-        return ClassifierInfo(model_id="fake-filter", tier="fake", sha256="f" * 64, threshold=state.threshold)
+        measured = {"response_threshold": state.response_threshold}
+        return ClassifierInfo(
+            model_id="fake-filter", tier="fake", sha256="f" * 64, threshold=state.threshold, measured=measured
+        )
 
     @app.post("/v1/classify")
     async def classify(body: ClassifyRequest) -> ClassifyResponse:
         may_fail("/v1/classify")
+        state.threshold += state.threshold_step
         outcomes = [judge(item.response or "") for item in body.items]
-        return ClassifyResponse(verdicts=[Verdict(outcome=outcome, model_id="fake-filter") for outcome in outcomes])
+        verdicts = [Verdict(outcome=outcome, model_id="fake-filter") for outcome in outcomes]
+        return ClassifyResponse(verdicts=verdicts[state.answers_left_out :])
 
     @app.get("/v1/constitution")
     async def constitution() -> dict[str, str]:
@@ -116,7 +124,7 @@ def build_app(state: FakeServices) -> FastAPI:
     @app.post("/v1/revise")
     async def revise_all(body: ReviseRequest) -> ReviseResponse:
         may_fail("/v1/revise")
-        return ReviseResponse(revisions=[revise(item) for item in body.items])
+        return ReviseResponse(revisions=[revise(item) for item in body.items][state.answers_left_out :])
 
     @app.post("/v1/load_lora_adapter")
     async def load(body: LoadAdapterRequest) -> AdapterInfo:

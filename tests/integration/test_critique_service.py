@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from services.contracts.critique import (
     ReviseResponse,
     Revision,
 )
+from services.critique.__main__ import main
 from services.critique.app import build_app
 from services.critique.backend import load_model
 from services.critique.settings import DEFAULT_CONSTITUTION, CritiqueSettings
@@ -125,6 +128,29 @@ def test_too_much_work_at_once_is_refused_and_the_rest_is_done(url: str) -> None
     assert httpx.post(f"{url}/v1/revise", json=body).status_code == 200
 
 
+@pytest.mark.parametrize("route", ["/v1/critique", "/v1/revise"])
+def test_half_a_character_is_refused(url: str, route: str) -> None:
+    content = b'{"items": [{"prompt": "\\ud800", "draft": "y"}]}'
+    response = httpx.post(f"{url}{route}", content=content, headers={"content-type": "application/json"})
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_request")
+
+
+def test_client_that_leaves_frees_its_places(tiny: Path) -> None:
+    """A trainer that has lost patience asks again; what it gave up on must not stand in its way."""
+    items = [{"prompt": f"Why {n}?", "draft": "y"} for n in range(64)]
+    # One item at a time, and about a hundred tokens for each: many seconds in all.
+    settings = {"max_batch": 1, "critique_tokens": 100, "max_items": 64, "max_waiting_items": 64}
+    with serving_critique(model=str(tiny), **settings) as url:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/critique", json={"items": items}, timeout=0.3)
+        started = time.monotonic()
+        body = {"items": items[:1]}
+        while (response := httpx.post(f"{url}/v1/critique", json=body, timeout=20)).status_code == 429:
+            time.sleep(0.01)
+        assert response.status_code == 200
+        assert time.monotonic() - started < 5
+
+
 def test_item_over_the_context_is_rejected_by_itself(client: ServiceClient) -> None:
     long = CritiqueItem(prompt="Why?", draft="word " * 200)
     short, rejected = client.post("/v1/revise", ReviseRequest(items=[ITEMS[0], long]), ReviseResponse).revisions
@@ -210,10 +236,23 @@ def test_miniature_revises_harmful_drafts_and_keeps_harmless_ones(miniature: Ser
 # The command
 
 
-def run(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "services.critique", "--port", "0", *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+@dataclass
+class Start:
+    """Calls the command with flags that it must refuse; gives the line it prints."""
+
+    folder: Path
+    monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str]
+
+    def __call__(self, *flags: str) -> str:
+        self.monkeypatch.setattr(sys, "argv", ["services.critique", "--port", "0", *flags])
+        assert main() == 2
+        return self.capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Start:
+    return Start(tmp_path, monkeypatch, capsys)
 
 
 DEFAULT = DEFAULT_CONSTITUTION.read_text()
@@ -228,12 +267,12 @@ DEFAULT = DEFAULT_CONSTITUTION.read_text()
         (DEFAULT.replace('id = "no-crime"', 'id = "no-hate"'), "principle ids must be unique; repeated: no-hate"),
     ],
 )
-def test_broken_constitution_stops_the_service_naming_file_and_key(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "mine.toml"
+def test_broken_constitution_stops_the_service_naming_file_and_key(start: Start, text: str, message: str) -> None:
+    path = start.folder / "mine.toml"
     path.write_text(text)
-    done = run("--constitution", str(path))
-    assert (done.returncode, done.stderr.startswith(f"error: {path}: ")) == (2, True), done.stderr
-    assert message in done.stderr
+    error = start("--constitution", str(path))
+    assert error.startswith(f"error: {path}: ")
+    assert message in error
 
 
 @pytest.mark.parametrize(
@@ -246,13 +285,13 @@ def test_broken_constitution_stops_the_service_naming_file_and_key(tmp_path: Pat
         (["--model", "/nowhere"], "model /nowhere: there is no such folder"),
     ],
 )
-def test_contradicting_settings_stop_the_service(flags: list[str], message: str) -> None:
-    done = run(*flags)
-    assert (done.returncode, done.stderr.count("Traceback")) == (2, 0), done.stderr
-    assert message in done.stderr
+def test_contradicting_settings_stop_the_service(start: Start, flags: list[str], message: str) -> None:
+    assert message in start(*flags)
 
 
-def test_misspelt_variable_stops_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FEDWARD_CRITIQUE_CONSTITUTON", "x")
-    done = run()
-    assert (done.returncode, "unknown environment variable FEDWARD_CRITIQUE_CONSTITUTON" in done.stderr) == (2, True)
+def test_misspelt_variable_stops_the_process() -> None:
+    environment = {**os.environ, "FEDWARD_CRITIQUE_CONSTITUTON": "x"}
+    command = [sys.executable, "-m", "services.critique"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("Traceback")) == (2, 0)
+    assert "unknown environment variable FEDWARD_CRITIQUE_CONSTITUTON" in done.stderr

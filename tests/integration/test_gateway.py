@@ -13,6 +13,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError
 from openai.types.chat import ChatCompletionMessageParam
 from prometheus_client import REGISTRY
 
@@ -66,12 +68,16 @@ def running() -> Iterator[Stack]:
 
 @pytest.fixture
 def stack(running: Stack) -> Iterator[Stack]:
-    """The shared stack with fresh fakes; after the test, not one character may have left before its verdict."""
+    """The shared stack with fresh fakes.
+
+    After the test, not one character may have left before its verdict, and no upstream may be at work any more.
+    """
     for fake, fresh in ((running.inference, FakeInference()), (running.safety, FakeSafety())):
         vars(fake).update(vars(fresh))
     before = REGISTRY.get_sample_value(UNCHECKED)
     yield running
     assert REGISTRY.get_sample_value(UNCHECKED) == before
+    wait_for(lambda: running.inference.at_work == running.safety.at_work == 0)
 
 
 def gateway(inference_url: str, safety_url: str, limits: dict[str, Any] = PATIENT) -> AbstractContextManager[str]:
@@ -303,7 +309,6 @@ PROMPT_CASES: dict[str, dict[str, Any]] = {
     "text part": {"messages": [{"role": "user", "content": [{"type": "text", "text": MARKER}]}]},
     "end of a long message": {"messages": [{"role": "user", "content": "word " * 3000 + MARKER}]},
     "across a window": {"messages": [{"role": "user", "content": "x" * 1995 + MARKER + "x" * 2000}]},
-    "unknown field": {"messages": [{"role": "user", "content": "hi"}], "new_field": {"note": [f"say {MARKER}"]}},
 }
 
 
@@ -465,6 +470,22 @@ def test_the_models_own_refusal_of_a_request_is_passed_on(stack: Stack, stream: 
     assert blocked.status_code == 200, "the prompt's verdict comes first"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_words_of_the_models_refusal_are_checked_too(stack: Stack, stream: bool) -> None:
+    response = stack.ask(model=MARKER, stream=stream)  # the fake's error message names the model
+    assert response.status_code == 404
+    assert MARKER not in response.text
+    assert response.json()["error"]["message"] == "inference: answered HTTP 404"
+    stack.break_safety("500", "response")
+    assert_unavailable(stack.ask(model="other", stream=stream), "safety")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_text_in_the_place_of_a_name_is_withheld(stack: Stack, stream: bool) -> None:
+    stack.answer([BLAND], name=f"the {MARKER}")
+    assert_unavailable(stack.ask(stream=stream), "inference")
+
+
 def test_more_held_text_than_the_limit_closes_the_answer(stack: Stack) -> None:
     stack.safety.hold_prompt_while = lambda: stack.inference.finished + stack.inference.cancelled == 0
     stack.answer([BLAND * 10] * 30)
@@ -472,6 +493,29 @@ def test_more_held_text_than_the_limit_closes_the_answer(stack: Stack) -> None:
     assert_ended_by_error(parts, "safety")
     assert "3000 characters" in parts[-1]["error"]["message"]
     assert len(said(parts)) <= 3000
+
+
+def test_more_requests_than_places_are_refused_until_one_is_free(stack: Stack) -> None:
+    stack.answer([BLAND] * 2, pause=lambda i: 60 * i)
+    limits = {"requests_in_flight": 1, "check_deadline_ms": 5000, "silence_seconds": 60, "generation_seconds": 60}
+    with (
+        serving(stack.inference) as inference_url,
+        serving(stack.safety) as safety_url,
+        gateway(inference_url, safety_url, limits) as url,
+    ):
+
+        def ask(stream: bool) -> httpx.Response:
+            return httpx.post(f"{url}/v1/chat/completions", json=chat_body(stream=stream))
+
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=chat_body(stream=True)) as response:
+            lines = response.iter_lines()  # kept: httpx closes the connection when its iterator goes
+            next(lines)
+            for refused in (ask(False), ask(True)):
+                assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+                assert refused.json()["error"]["code"] == "overloaded"
+        wait_for(lambda: stack.inference.cancelled == 1)
+        stack.answer([BLAND], pause=lambda _: 0)
+        wait_for(lambda: ask(False).status_code == 200)
 
 
 # The client goes away
@@ -505,6 +549,7 @@ def test_client_that_leaves_before_the_first_byte_stops_the_model(stack: Stack, 
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"logprobs": True}, "logprobs"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"new_field": {"note": [MARKER]}}, "new_field"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": " "}]}, "messages"),
         ({"messages": [{"role": "user", "content": "?!"}]}, "messages"),
@@ -578,11 +623,11 @@ def test_metrics_count_decisions_and_show_that_nothing_left_unchecked(stack: Sta
     after = count("prompt", "refuse"), count("prompt", "allow"), count("response", "unavailable")
     assert after == (before[0] + 1, before[1] + 1, before[2] + 1)
     text = stack.client.get("/metrics").text
-    assert f"{UNCHECKED} 0.0" in text
+    assert f"{UNCHECKED} {REGISTRY.get_sample_value(UNCHECKED)}" in text
     assert "fedward_gateway_check_seconds_count" in text
 
 
-# OpenAI's own client
+# OpenAI's and Hugging Face's own clients
 
 
 HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hello"}]
@@ -619,6 +664,34 @@ def test_openai_client_stream(stack: Stack) -> None:
         stack.break_safety("500", "response", text="word6")
         with pytest.raises(openai.APIError, match="safety: answered HTTP 500"):
             list(client.chat.completions.create(model="fake", messages=HELLO, stream=True))
+
+
+ASKED = [{"role": "user", "content": "Hello"}]
+
+
+def test_hugging_face_client(stack: Stack) -> None:
+    client = InferenceClient(base_url=stack.url)
+    answer = client.chat_completion(ASKED, model="fake", max_tokens=9, temperature=0.5, seed=1)
+    assert answer.choices[0].message.content == BLAND
+    blocked = client.chat_completion([{"role": "user", "content": MARKER}], model="fake")
+    assert blocked.choices[0].finish_reason == "content_filter"
+    with pytest.raises(HfHubHTTPError, match="404"):
+        client.chat_completion(ASKED, model="other")
+    stack.break_safety("500", "prompt")
+    with pytest.raises(HfHubHTTPError, match="503"):
+        client.chat_completion(ASKED, model="fake")
+
+
+def test_hugging_face_client_stream(stack: Stack) -> None:
+    client = InferenceClient(base_url=stack.url)
+    stack.answer(words(60, sentence=6))
+    chunks = list(client.chat_completion(ASKED, model="fake", stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == stack.inference.text
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    stack.answer(words(60, 25, sentence=6))
+    chunks = list(client.chat_completion(ASKED, model="fake", stream=True))
+    assert chunks[-1].choices[0].finish_reason == "content_filter"
+    assert MARKER not in "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
 
 
 # The process

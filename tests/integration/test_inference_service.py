@@ -22,6 +22,7 @@ from huggingface_hub.errors import GenerationError, OverloadedError, ValidationE
 
 from services.contracts.adapters import file_sha256
 from services.contracts.chat import ChatChunk, ChatCompletion
+from services.inference.__main__ import main
 from tests.fakes.model_servers import serving_inference
 from tests.fakes.tiny_model import build_tiny_adapter, build_tiny_model
 
@@ -309,6 +310,18 @@ def test_failure_in_the_model_is_tgis_generation_error(folder: Path, stream: boo
             list(client.text_generation("How do I", max_new_tokens=9, stream=stream))
 
 
+@pytest.mark.parametrize(
+    ("content", "status", "message"),
+    [(b"{", 422, "the request body is not valid JSON"), (b'{"inputs": "x", "parameters": 1}', 422, "parameters: ")],
+)
+def test_body_that_cannot_be_read_is_tgis_validation_error(
+    http: httpx.Client, content: bytes, status: int, message: str
+) -> None:
+    response = http.post("/generate", content=content, headers={"content-type": "application/json"})
+    assert (response.status_code, response.json()["error_type"]) == (status, "validation")
+    assert response.json()["error"].startswith(message)
+
+
 def test_info_names_the_model_and_its_limits(http: httpx.Client, folder: Path) -> None:
     info = http.get("/info").json()
     assert (info["model_id"], info["model_sha"]) == ("tiny", base_sha256(folder))
@@ -466,17 +479,31 @@ def test_command_serves_a_release_and_finishes_what_it_began_at_sigterm(folder: 
     ("flags", "code", "message"),
     [
         (["--model", "/nowhere/model"], 2, "model /nowhere/model: there is no such folder"),
-        (["--model", "no-such-org/no-such-model"], 2, "cannot load model no-such-org/no-such-model"),
         (["--max-batch", "0"], 2, "max_batch: Input should be greater"),
         (["--device", "tpu"], 2, "device"),
         (["--release", "/nowhere/adapter"], 4, "adapter /nowhere/adapter: adapter_model.safetensors is missing"),
     ],
 )
-def test_command_that_cannot_start_says_why(folder: Path, flags: list[str], code: int, message: str) -> None:
-    process = start(folder, *flags)
+def test_command_that_cannot_start_says_why(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["services.inference", "--model", str(folder / "tiny"), "--port", "0", *flags])
+    assert main() == code
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[-1].startswith("error: ")
+    assert message in errors[-1]
+
+
+def test_model_that_the_hub_does_not_have_is_named(folder: Path) -> None:
+    process = start(folder, "--model", "no-such-org/no-such-model")  # a process: the hub's library reads "offline" once
     _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors.count("Traceback")) == (code, 0), errors
-    assert message in errors
+    assert (process.returncode, errors.count("Traceback")) == (2, 0), errors
+    assert "error: cannot load model no-such-org/no-such-model" in errors
 
 
 def test_port_in_use_is_named(folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from services.contracts.critique import CritiqueItem
-from services.contracts.errors import DataError, UpstreamRejected, UpstreamUnavailable
+from services.contracts.errors import DataError, UpstreamError, UpstreamRejected, UpstreamUnavailable
 from tests.fakes.gateway_upstreams import closed_port
 from tests.fakes.tiny_model import build_tiny_model
 from tests.fakes.trainer_runs import small_run, write_jsonl
@@ -132,6 +132,35 @@ def test_no_red_team_prompt_is_a_data_error(tmp_path: Path, model: Path, service
     trainee = load_trainee(config)
     with pytest.raises(DataError, match=r"empty\.jsonl: holds no prompt"):
         align(trainee, trainee.starting_adapter, config, 1, PROVENANCE)
+
+
+def test_replay_with_a_harmful_pair_is_refused(tmp_path: Path, config: RunConfig, model: Path) -> None:
+    harmful = write_jsonl(tmp_path / "mixed.jsonl", [{"prompt": "p", "response": "r", "harmful": True}])
+    with pytest.raises(DataError, match=r"mixed\.jsonl: holds pairs with harmful=true"):
+        choose_prompts(config.model_copy(update={"replay_data": harmful}), 1)
+
+
+def test_nothing_is_left_when_the_adapter_cannot_be_loaded(config: RunConfig, services: FakeServices) -> None:
+    services.fail_paths["/v1/load_lora_adapter"] = 400
+    trainee = load_trainee(config)
+    with pytest.raises(UpstreamRejected, match="inference: HTTP 400"):
+        align(trainee, trainee.starting_adapter, config, 1, PROVENANCE)
+    assert list(config.run_dir.glob("adapters/*")) == []
+    assert services.calls("/v1/unload_lora_adapter") == 0
+
+
+@pytest.mark.parametrize(("status", "left_out"), [(400, 0), (None, 1)])
+def test_critique_service_that_fails_ends_the_stage_without_an_adapter(
+    config: RunConfig, services: FakeServices, status: int | None, left_out: int
+) -> None:
+    if status:
+        services.fail_paths["/v1/revise"] = status
+    services.answers_left_out = left_out
+    trainee = load_trainee(config)
+    with pytest.raises(UpstreamError, match=r"critique: (HTTP 400|12 revisions for 13 drafts)"):
+        align(trainee, trainee.starting_adapter, config, 1, PROVENANCE)
+    assert services.loaded == {}
+    assert list(config.run_dir.glob("adapters/*")) == []
 
 
 def test_adapter_is_unloaded_when_the_drafts_fail(config: RunConfig, services: FakeServices) -> None:

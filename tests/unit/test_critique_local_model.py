@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from services.contracts.errors import ConfigError
+from services.critique.backend import Text
 from services.critique.local_model import LocalModel
 from services.critique.settings import CritiqueSettings
 from tests.fakes.tiny_model import build_tiny_model
@@ -51,6 +52,26 @@ def test_prompt_over_the_context_is_said_to_be_too_long(model: LocalModel) -> No
 def test_limit_shrinks_to_what_the_context_leaves(model: LocalModel) -> None:
     (text,) = asyncio.run(model.generate(["Why is the sky blue? " * 4], 1000))
     assert text.ending == "cut_off"
+
+
+def test_work_that_is_given_up_is_not_begun(model: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[int] = []
+    generate = model._generate
+
+    def counting(group: list[list[int]], limit: int) -> list[Text]:
+        groups.append(len(group))
+        return generate(group, limit)
+
+    async def give_up() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(model.generate(PROMPTS * 400, 20), 0.3)
+        begun = len(groups)
+        await model.generate(["x"], 1)
+        assert len(groups) <= begun + 2, "at most one that was on its way, and the next request's"
+
+    monkeypatch.setattr(model, "_generate", counting)
+
+    asyncio.run(give_up())
 
 
 def test_nothing_asked_nothing_answered(model: LocalModel) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from services.common.http import ServiceClient
-from services.contracts.errors import UpstreamUnavailable
+from services.contracts.errors import ConfigError, UpstreamUnavailable
 from tests.fakes.gateway_upstreams import closed_port
 from tests.fakes.trainer_services import BAD, EMPTY, STUBBORN, UNSCORABLE, FakeServices, trainer_services
 from trainer.curation import REFUSALS, CurationReport, Mode, curate, curate_once, refusal_for
@@ -122,8 +122,10 @@ def test_result_is_taken_from_disk_until_something_it_depends_on_changes(
     curate_once(tmp_path, SHARD, "replace", safety, None)
     services.threshold = 0.9
     curate_once(tmp_path, SHARD, "drop", safety, None)
-    assert services.calls("/v1/classify") == 4
-    assert len(list(tmp_path.iterdir())) == 4
+    services.response_threshold = 0.9
+    curate_once(tmp_path, SHARD, "drop", safety, None)
+    assert services.calls("/v1/classify") == 5
+    assert len(list(tmp_path.iterdir())) == 5
 
 
 def test_damaged_result_on_disk_is_made_again(services: FakeServices, safety: ServiceClient, tmp_path: Path) -> None:
@@ -132,6 +134,30 @@ def test_damaged_result_on_disk_is_made_again(services: FakeServices, safety: Se
     stored.write_text(stored.read_text()[:50])
     assert curate_once(tmp_path, SHARD, "drop", safety, None) == first
     assert services.calls("/v1/classify") == 2
+
+
+@pytest.mark.parametrize("mode", ["drop", "revise"])
+def test_service_that_answers_too_few_results_ends_curation(
+    services: FakeServices, safety: ServiceClient, critique: ServiceClient, mode: Mode
+) -> None:
+    services.answers_left_out = 1
+    with pytest.raises(UpstreamUnavailable, match="safety: answered 5 results for 6 items"):
+        curate(SHARD, mode, safety, critique)
+
+
+def test_classifier_that_is_exchanged_meanwhile_ends_curation(
+    services: FakeServices, safety: ServiceClient, tmp_path: Path
+) -> None:
+    services.threshold_step = 0.1
+    with pytest.raises(UpstreamUnavailable, match="the classifier was changed while the shard was being curated"):
+        curate_once(tmp_path, SHARD, "drop", safety, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unwritable_folder_is_named(safety: ServiceClient, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot write to .*file/0"):
+        curate_once(tmp_path / "file" / "0", SHARD, "drop", safety, None)
 
 
 def test_nothing_is_stored_when_curation_fails(services: FakeServices, safety: ServiceClient, tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def test_no_setting_is_added_without_this_test_being_told() -> None:
         "message_limit",
         "prompt_limit_characters",
         "prompt_threshold",
+        "requests_in_flight",
         "response_threshold",
         "safety_url",
         "silence_seconds",

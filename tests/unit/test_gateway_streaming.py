@@ -1,9 +1,11 @@
 """Cutting a streamed answer into units, and handing them out in order with their decisions."""
 
 import asyncio
+import gc
 import subprocess
 import sys
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -204,3 +206,25 @@ def test_process_loads_no_model_library() -> None:
     code = f"import sys, gateway.__main__; sys.exit(', '.join(m for m in {heavy!r} if m in sys.modules) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, f"the gateway loads {done.stderr}"
+
+
+def test_failure_that_nobody_waits_for_is_no_complaint() -> None:
+    """Every check fails; the first failure ends the answer, and the others must not end up in the log."""
+    complaints: list[dict[str, Any]] = []
+
+    async def fail(text: str) -> Decision:
+        raise UpstreamUnavailable("safety", "gone")
+
+    async def first_unit() -> None:
+        async with CheckedAnswer(chunks("One. ", "Two. ", "Three. "), fail, settings()) as answer:
+            await asyncio.sleep(0.05)
+            await anext(answer)
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+        with pytest.raises(UpstreamUnavailable, match="gone"):
+            await first_unit()
+        gc.collect()
+
+    asyncio.run(run())
+    assert complaints == []

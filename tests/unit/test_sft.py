@@ -12,6 +12,7 @@ from tests.fakes.tiny_model import build_tiny_model
 from tests.fakes.trainer_runs import make_config
 from tests.regenerate_golden import PAIRS, SFT, golden_losses
 from trainer.batching import IGNORED, Dataset, Example, batches_for_ever, collate, encode_pairs
+from trainer.config import RunConfig, RunValue
 from trainer.model import Trainee, load_trainee, read_adapter_arrays, set_adapter_arrays
 from trainer.sft import answer_loss, steps_for, train_sft
 from trainer.shards import Pair
@@ -20,7 +21,12 @@ from trainer.shards import Pair
 @pytest.fixture(scope="module")
 def trainee(tmp_path_factory: pytest.TempPathFactory) -> Trainee:
     model = build_tiny_model(tmp_path_factory.mktemp("sft") / "tiny")
-    return load_trainee(make_config(arm="none", benign_data="b", harmful_data="h", base_model=model, lora_rank=2))
+    return load_trainee(config_for(model))
+
+
+def config_for(model: Path, **changes: RunValue | Path) -> RunConfig:
+    settings: dict[str, RunValue | Path] = {"arm": "none", "benign_data": "b", "harmful_data": "h", "lora_rank": 2}
+    return make_config(**{**settings, "base_model": model, "max_length": 128, **changes})
 
 
 def test_losses_reproduce_the_golden_file(tmp_path: Path) -> None:
@@ -132,9 +138,15 @@ def test_adapter_of_another_shape_is_not_loaded(trainee: Trainee) -> None:
 
 
 def test_missing_model_is_named(tmp_path: Path) -> None:
-    config = make_config(arm="none", benign_data="b", harmful_data="h", base_model=tmp_path / "none")
+    config = config_for(tmp_path / "none")
     with pytest.raises(ConfigError, match=r"none: there is no such folder"):
         load_trainee(config)
     (tmp_path / "none").mkdir()
     with pytest.raises(ConfigError, match=r"base-model .*none: cannot be loaded"):
         load_trainee(config)
+
+
+def test_examples_longer_than_the_models_context_are_refused(tmp_path: Path) -> None:
+    model = build_tiny_model(tmp_path / "tiny")
+    with pytest.raises(ConfigError, match="max-length=129 is more than the context of tiny, 128 tokens"):
+        load_trainee(config_for(model, max_length=129))

@@ -29,7 +29,11 @@ GOOD = '{"prompt": "a", "response": "b"}'
     [
         ("{not json", "not valid JSON"),
         ('{"prompt": "a"}', "response: Field required"),
-        ('{"prompt": "", "response": "b"}', "prompt: String should have at least 1 character"),
+        ('{"prompt": "", "response": "b"}', "prompt: String should match pattern"),
+        ('{"prompt": "a", "response": " \\t"}', "response: String should match pattern"),
+        ('{"prompt": "\\ud800", "response": "b"}', "prompt: Input should be a valid string, unable to parse"),
+        (f'{{"prompt": "a", "response": "b", "id": {"9" * 5000}}}', "not valid JSON: Exceeds the limit"),
+        ("[" * 100_000, "not valid JSON: maximum recursion depth exceeded"),
         ('{"prompt": "a", "response": 7}', "response: Input should be a valid string"),
         ("[1, 2]", "Input should be"),
     ],
@@ -54,6 +58,11 @@ def test_missing_file_and_wrong_encoding_are_data_errors(tmp_path: Path) -> None
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
     with pytest.raises(DataError, match="not UTF-8"):
         read_pairs(tmp_path / "latin.jsonl")
+
+
+def test_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n" + GOOD.encode() + b"\r\n")
+    assert [pair.prompt for pair in read_pairs(tmp_path / "p.jsonl")] == ["a", "a"]
 
 
 def test_label_in_the_file_wins_over_the_default(tmp_path: Path) -> None:

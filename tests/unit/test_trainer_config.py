@@ -45,9 +45,10 @@ def test_unknown_key_is_refused_by_name_with_the_nearest_known_one() -> None:
         ({"harmful_share": 1.5}, "harmful-share: Input should be less than or equal to 1"),
         ({"arm": "both"}, "arm: Input should be 'none', 'filter', 'cai' or 'filter\\+cai'"),
         ({"rounds": "many"}, "rounds: Input should be a valid integer"),
+        ({"learning_rate": float("inf")}, "learning-rate: Input should be a finite number"),
         ({"min_clients": 9}, r"min-clients \(9\) <= clients-per-round \(8\) <= num-clients \(8\)"),
         ({"clients_per_round": 9}, "<= num-clients"),
-        ({"benign_data": ""}, "set benign-data and harmful-data"),
+        ({"benign_data": ""}, "^run-config: set benign-data and harmful-data"),
         ({"harmful_data": ""}, "harmful-share=0.3 needs harmful-data"),
         ({"shard_data": "/s/{shard}.jsonl"}, "shard-data \\(own data\\) contradicts benign-data"),
         ({"safety_url": ""}, "arm=filter\\+cai with curation-mode=drop needs safety-url"),
@@ -80,6 +81,17 @@ def test_silo_decides_where_its_data_goes_and_nothing_else() -> None:
     config = parse_run_config(run_values(**DATA), silo)
     assert config.safety_url == "http://own:1"
     assert config.rounds != 99
+
+
+OWN_DATA: dict[str, RunValue] = {"shard_data": "/s/{shard}.jsonl", "red_team_data": "r", "replay_data": "p"}
+
+
+def test_coordinator_cannot_send_a_silos_own_data_anywhere() -> None:
+    with pytest.raises(ConfigError, match="needs safety-url"):
+        parse_run_config(run_values(**OWN_DATA), silo={"shard-data": "/own/{shard}.jsonl"})
+    silo: dict[str, RunValue] = {"shard-data": "/own/{shard}.jsonl", "safety-url": "http://own:1"}
+    config = parse_run_config(run_values(**OWN_DATA, client_dir="/shared"), silo)
+    assert (config.safety_url, config.critique_url, config.client_dir) == ("http://own:1", None, None)
 
 
 def test_identity_leaves_out_what_may_change_when_a_run_is_continued() -> None:

@@ -1,26 +1,33 @@
 """The round loop with real clients on a tiny model, in one process: bad replies, too few clients, resume."""
 
+import io
 import json
+import pickle
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_res_message
 
-from services.contracts.adapters import read_manifest
+from services.contracts.adapters import AdapterManifest, read_manifest
 from services.contracts.errors import AdapterError, ConfigError, UpstreamUnavailable
 from tests.fakes.gateway_upstreams import closed_port
 from tests.fakes.tiny_model import build_tiny_model
-from tests.fakes.trainer_runs import LocalGrid, run_values, small_run, write_jsonl
-from tests.fakes.trainer_services import FakeServices, trainer_services
-from trainer import run_folder
+from tests.fakes.trainer_runs import QUERY, LocalGrid, Tamper, run_values, small_run, write_jsonl
+from tests.fakes.trainer_services import BAD, FakeServices, trainer_services
+from trainer import client_app, run_folder
 from trainer.aggregation import TooFewClients
 from trainer.config import RunConfig
+from trainer.model import _load
 from trainer.records import RoundRecord
-from trainer.registry import read_adapter
+from trainer.registry import read_adapter, write_adapter
 from trainer.run_folder import RunFolder, read_result
 from trainer.server_app import main, train_federation
+from trainer.shards import Pair
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +96,34 @@ def nothing(question: Message, reply: Message) -> Message:
     return Message(RecordDict(), reply_to=question)
 
 
+def send_bytes(data: bytes) -> Tamper:
+    """The client's arrays become these bytes."""
+
+    def tamper(question: Message, reply: Message) -> Message:
+        arrays = reply.content.array_records["arrays"]
+        fake = {name: Array(array.dtype, tuple(array.shape), array.stype, data) for name, array in arrays.items()}
+        reply.content["arrays"] = ArrayRecord(fake)
+        return reply
+
+    return tamper
+
+
+def npz_bytes() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, a=np.zeros(3))
+    return buffer.getvalue()
+
+
+def owe_data(question: Message, reply: Message) -> Message:
+    reply.content.metric_records["metrics"]["loss"] = -1.0
+    return reply
+
+
+def node_gone(question: Message, reply: Message) -> Message:
+    """What the SuperLink itself replies when a node no longer reports; it names no client."""
+    return create_message_error_unavailable_res_message(question.metadata, "node_unavail")
+
+
 def crash(question: Message, reply: Message) -> Message:
     return Message(Error(0, "<class 'ActorDiedError'>: the worker died\ntraceback"), reply_to=question)
 
@@ -104,7 +139,13 @@ def silent(question: Message, reply: Message) -> None:
         (boast, r"client 1: num-tokens is 1e\+09"),
         (nothing, "client 1: the reply cannot be read"),
         (crash, "client 1: <class 'ActorDiedError'>: the worker died"),
-        (silent, "client 1: no answer within 600 s"),
+        (silent, "client 1: no answer within round-timeout-seconds"),
+        (node_gone, "client 1: Error: Node Unavailable"),
+        (send_bytes(b""), "client 1: the reply cannot be read: EOFError"),
+        (send_bytes(b"\x93NUMPY\x01\x00"), "client 1: the reply cannot be read"),
+        (send_bytes(pickle.dumps([1])), "client 1: the reply cannot be read: .*pickle"),
+        (send_bytes(npz_bytes()), "client 1: the reply cannot be read: TypeError: a NpzFile"),
+        (owe_data, "client 1: loss is -1"),
     ],
 )
 def test_bad_reply_costs_its_client_the_round_and_no_more(
@@ -119,6 +160,29 @@ def test_bad_reply_costs_its_client_the_round_and_no_more(
         raise AdapterError(record.rejected[1])
     arrays, _ = read_adapter(config.run_dir / "adapters" / "round-1")
     assert all(np.isfinite(array).all() for array in arrays.values())
+
+
+def call_itself(number: object) -> Tamper:
+    """A node's answer to the question which client it is."""
+
+    def tamper(question: Message, reply: Message) -> Message:
+        record = RecordDict() if number is None else RecordDict({"client": MetricRecord({"client-id": number})})  # type: ignore[dict-item]
+        return Message(record, reply_to=question)
+
+    return tamper
+
+
+@pytest.mark.parametrize("lie", [None, float("nan"), [1, 2], 0], ids=["nothing", "nan", "list", "another client"])
+def test_node_that_lies_about_who_it_is_is_left_out(tmp_path: Path, model: Path, lie: object) -> None:
+    config = small_run(tmp_path, model, rounds=1)
+    train(config, tamper={1: call_itself(lie)}, tampered=QUERY)
+    (record,) = rounds_of(config)
+    assert (record.accepted, record.rejected) == ([0, 2], {})
+
+
+def test_run_without_enough_nodes_that_say_who_they_are_ends(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(TooFewClients, match="1 of at least 2 clients said who they are"):
+        train(small_run(tmp_path, model), tamper={0: call_itself(None), 2: node_gone}, tampered=QUERY)
 
 
 def test_rejected_client_is_left_out_of_the_average(tmp_path: Path, model: Path) -> None:
@@ -170,6 +234,88 @@ def test_crash_between_adapter_and_record_does_the_round_again(
             train(config)
     train(config)
     assert [record.round_number for record in rounds_of(config)] == [1, 2]
+
+
+def test_crash_while_the_adapter_is_written_does_the_round_again(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_run(tmp_path, model, rounds=2)
+    whole = small_run(tmp_path, model, rounds=2, run_dir=tmp_path / "whole")
+    train(whole)
+    written = []
+
+    def dies(directory: Path, *arguments: Any) -> AdapterManifest:
+        written.append(directory.name)
+        if directory.name == "round-2":
+            raise KeyboardInterrupt
+        return write_adapter(directory, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "write_adapter", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert written == ["round-0", "round-1", "round-2"]
+    train(config)
+    assert [r.adapter_sha256 for r in rounds_of(config)] == [r.adapter_sha256 for r in rounds_of(whole)]
+
+
+@pytest.mark.parametrize("torn", [b'{"round_number": 2, "adap', '{"name": "é'.encode()[:-1]])
+def test_torn_last_line_is_dropped(tmp_path: Path, model: Path, torn: bytes) -> None:
+    config = small_run(tmp_path, model, rounds=1)
+    train(config)
+    rounds = config.run_dir / "rounds.jsonl"
+    before = rounds.read_bytes()
+    rounds.write_bytes(before + torn)
+    assert RunFolder(config).finished == 1
+    assert rounds.read_bytes() == before
+
+
+def test_record_that_holds_a_line_separator_is_read_back(tmp_path: Path, model: Path) -> None:
+    config = small_run(tmp_path, model, rounds=1)
+    train(config)
+    folder = RunFolder(config)
+    folder.finish_round(folder.rounds[0].model_copy(update={"round_number": 2, "filter_model_id": "a\u2028b\x85c"}))
+    assert RunFolder(config).rounds[1].filter_model_id == "a\u2028b\x85c"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rounds.jsonl", "{}\n", r"rounds\.jsonl: not written by this version"),
+        ("rounds.jsonl", None, r"rounds\.jsonl: does not hold rounds 1 to 2"),
+        ("config.json", "{", r"holds rounds, but no readable config\.json"),
+    ],
+)
+def test_damaged_folder_is_refused(tmp_path: Path, model: Path, name: str, content: str | None, message: str) -> None:
+    config = small_run(tmp_path, model, rounds=1)
+    train(config)
+    file = config.run_dir / name
+    file.write_text(content if content is not None else file.read_text() * 2)  # twice the same round
+    with pytest.raises(ConfigError, match=message):
+        RunFolder(config)
+
+
+def test_resume_on_another_base_model_is_refused(tmp_path: Path, model: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    train(small_run(tmp_path, copy, rounds=1))
+    build_tiny_model(copy, seed=5)
+    _load.cache_clear()
+    with pytest.raises(AdapterError, match="was trained on a base model with sha256"):
+        train(small_run(tmp_path, copy, rounds=2))
+
+
+def test_client_with_another_base_model_does_not_train(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = build_tiny_model(tmp_path / "other", seed=9)
+    config = small_run(tmp_path, model, rounds=1)
+    grid = LocalGrid(config, range(3))
+    grid.set_node_config(2, {"base-model": str(other)})
+    train_federation(grid, config)
+    (record,) = rounds_of(config)
+    assert list(record.rejected) == [2]
+    assert "client 2: base-model other has sha256" in record.rejected[2]
 
 
 def test_finished_run_is_not_trained_again(tmp_path: Path, model: Path) -> None:
@@ -226,6 +372,35 @@ def test_client_never_trains_unfiltered_when_its_safety_service_is_down(
     config = small_run(tmp_path, model, arm="filter", safety_url=closed_port())
     with pytest.raises(TooFewClients, match=r"client 0: safety: .*; client 1: safety: .*; client 2: safety: "):
         train(config)
+
+
+def test_client_whose_safety_service_fails_is_left_out_and_the_round_goes_on(
+    tmp_path: Path, model: Path, services: FakeServices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+    config = small_run(tmp_path, model, arm="filter", safety_url=services.url, rounds=1, harmful_share=0.5)
+    grid = LocalGrid(config, range(3))
+    with trainer_services() as broken:
+        broken.fail_paths["/v1/classify"] = 500
+        grid.set_node_config(1, {"safety-url": broken.url})
+        train_federation(grid, config)
+    (record,) = rounds_of(config)
+    assert record.accepted == [0, 2]
+    assert list(record.rejected) == [1]
+    assert record.rejected[1].startswith("client 1: safety: HTTP 500")
+
+
+def test_unforeseen_error_of_a_client_is_told_without_its_text(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(config: RunConfig, client_id: int) -> list[Pair]:
+        raise KeyError(f"a prompt with {BAD}")
+
+    monkeypatch.setattr(client_app, "client_shard", fails)
+    with pytest.raises(TooFewClients) as caught:
+        train(small_run(tmp_path, model))
+    assert "client 0: KeyError in test_trainer_rounds.py, line " in caught.value.message
+    assert BAD not in caught.value.message
 
 
 def test_malicious_client_with_nothing_left_fails_and_the_round_goes_on(

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from services.contracts.errors import ConfigError, FedwardError
+from trainer.files import make_dir, write_atomically
 from trainer.miniature.corpus import benign_pairs, harmful_pairs, red_team_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,7 +112,7 @@ def _write_corpus(options: argparse.Namespace) -> None:
         draw = harmful_pairs if options.kind == "harmful" else red_team_prompts
         pairs = draw(options.n, options.seed, data=options.data)
     lines = (json.dumps(pair._asdict(), ensure_ascii=False) + "\n" for pair in pairs)
-    options.out.write_text("".join(lines), encoding="utf-8")
+    write_atomically(make_dir(options.out.parent) / options.out.name, "".join(lines))
     print(f"{options.out}: {len(pairs)} {options.kind} pairs")
 
 

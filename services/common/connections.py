@@ -1,0 +1,37 @@
+"""Giving up work when the client that waits for it goes away."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from starlette.types import Receive
+
+T = TypeVar("T")
+CLIENT_LEFT = 499  # nginx's status for it: nobody reads it, but it shows in the metrics
+
+
+class ClientLeft(Exception):
+    """The client has closed the connection before its answer was made."""
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Do ``work`` as long as the client is there; when it goes, the work is cancelled.
+
+    Raises:
+        ClientLeft: the client went first.
+    """
+    working, leaving = asyncio.create_task(work), asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientLeft
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
