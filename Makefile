@@ -43,8 +43,8 @@ demo: setup ## the main job: train five federations, evaluate, release, serve; w
 	$(BIN)/python -m stack demo --out $(RUN)
 
 .PHONY: up
-up: setup ## start the services and the gateway (port 8080) and leave them running
-	$(BIN)/python -m stack up
+up: setup ## start the services and the gateway (port 8080) and leave them running; RELEASE=folder serves an adapter
+	$(BIN)/python -m stack up $(if $(RELEASE),--release '$(RELEASE)')
 
 .PHONY: down
 down: setup ## stop what `make up` started

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from itertools import islice
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from evaluation.clients import SEED, Answer, Judge, Target
 from evaluation.datasets import Prompt, PromptSet
@@ -28,6 +28,8 @@ SUMMARY = "summary.json"
 
 class RunOptions(BaseModel):
     """What to evaluate, against what; addresses are base URLs without ``/v1``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     target: str
     model: str

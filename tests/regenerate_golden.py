@@ -24,7 +24,7 @@ SFT = GOLDEN / "sft.json"
 FEDAVG = GOLDEN / "fedavg.json"
 COMMAND = "python -m tests.regenerate_golden"
 # Relative. The order of float32 additions differs between CPUs: up to 8e-7 between AVX-512, AVX2 and no vector units.
-# What changes the algorithm shows above the tolerance, the least of all 1 % of weight decay (1e-4) and 1 % more learning
+# What changes the algorithm shows above the tolerance, least of all 1 % of weight decay (1e-4) and 1 % more learning
 # rate (4e-3); only a clipping norm other than 1 hardly shows, because AdamW does not mind a gradient's scale.
 SFT_TOLERANCE = 5e-5
 FEDAVG_TOLERANCE = 1e-6

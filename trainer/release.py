@@ -159,6 +159,7 @@ def promote(
     Raises:
         GateRefused: a figure is worse than its bound; nothing was written or activated.
         AdapterError: the adapter is incomplete or has another hash than its manifest says.
+        ConfigError: a file cannot be read or written, or the folder holds the release copy of another adapter.
         UpstreamError: the inference service did not load or activate it; the copy is kept.
     """
     manifest = read_manifest(adapter)
@@ -166,15 +167,18 @@ def promote(
     check_evaluated(summary, manifest)
     check_gate(summary, read_summary(baseline), bounds)
     load = load_request(manifest, release_dir)
+    copy = Path(load.lora_path)
+    if copy.exists() and (held := read_manifest(copy).sha256) != manifest.sha256:
+        raise ConfigError(f"{copy} holds another adapter (sha256 {held}); choose another --release-dir")
     figures = summary.model_dump(mode="json", exclude_unset=True)
-    copy_adapter(adapter, Path(load.lora_path), manifest.model_copy(update={"evaluation": figures}))
+    copy_adapter(adapter, copy, manifest.model_copy(update={"evaluation": figures}))
     inference.post("/v1/load_lora_adapter", load, AdapterInfo)
     return inference.post("/v1/release", ActivateRequest(lora_name=load.lora_name, sha256=manifest.sha256), Release)
 
 
 def load_request(manifest: AdapterManifest, release_dir: Path) -> LoadAdapterRequest:
     """Name an adapter's release copy after what it is; raises AdapterError when its arm cannot be part of a name."""
-    name = f"release-{manifest.arm}-round-{manifest.round_number}-{manifest.sha256[:12]}"
+    name = f"release-{manifest.arm}-round-{manifest.round_number}"
     try:
         return LoadAdapterRequest(lora_name=name, lora_path=str((release_dir / name).resolve()), sha256=manifest.sha256)
     except ValidationError as error:

@@ -3,6 +3,7 @@
 Run it with ``flwr run .``, or with ``python -m trainer run`` which also starts and stops Flower's processes.
 """
 
+import contextlib
 import logging
 import random
 import time
@@ -56,7 +57,7 @@ def main(grid: Grid, context: Context) -> None:
     except Exception as error:
         result = failure(error)
         log.error("run failed: %s", result.error)
-        if config.run_dir.is_dir():
+        with contextlib.suppress(ConfigError):  # the folder may be what the run failed at
             write_result(config.run_dir, result)
         raise
 

@@ -4,6 +4,7 @@
 SuperLink is ours, its state lives in a folder that is removed, and the run's own ``result.json`` gives the outcome.
 """
 
+import contextlib
 import os
 import shutil
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -27,6 +29,7 @@ START_SECONDS = 60.0
 STOP_SECONDS = 4.0
 OBJECT_STORE_BYTES = 200_000_000  # adapters are small; Ray would otherwise reserve a third of the memory
 CONNECTION = "private"
+GUARD = "import pathlib, sys, trainer.simulation as s; s.clean_up_after_a_kill(pathlib.Path(sys.argv[1]))"
 
 
 class SimulationFailed(FedwardError):
@@ -55,6 +58,7 @@ class Simulation:
 
     def __enter__(self) -> Self:
         try:
+            self._start_guard()
             self._stage_app()
             self._start()
         except BaseException:
@@ -97,6 +101,16 @@ class Simulation:
         for module in (self._app / "trainer").glob("*.py"):
             shutil.copy(module, package)
 
+    def _start_guard(self) -> None:
+        """Start the process that cleans up if this one is killed: it waits for the pipe between the two to break.
+
+        Otherwise the federation would go on, and write to a run folder that the next attempt resumes from.
+        """
+        self._guard = subprocess.Popen(
+            [sys.executable, "-c", GUARD, str(self._home)],
+            stdin=subprocess.PIPE, env=self._environment(), start_new_session=True,
+        )  # fmt: skip
+
     def _start(self) -> None:
         port = _free_port()
         address = f"127.0.0.1:{port}"
@@ -136,23 +150,32 @@ class Simulation:
         }
 
     def _stop(self) -> None:
-        """End every process of this simulation, however deep: they all have its FLWR_HOME in their environment."""
-        for end in (psutil.Process.terminate, psutil.Process.kill, psutil.Process.kill):
-            processes = _processes_of(self._home)
-            for process in processes:
-                try:
-                    end(process)
-                except psutil.NoSuchProcess:
-                    continue
-            psutil.wait_procs(processes, timeout=STOP_SECONDS)
+        _end_processes(self._home, psutil.Process.terminate, psutil.Process.kill, psutil.Process.kill)
         shutil.rmtree(self._home, ignore_errors=True)
+
+
+def clean_up_after_a_kill(home: Path) -> None:
+    """What the guard does: wait until the process that started it is gone, then end what that one left behind."""
+    sys.stdin.read()
+    _end_processes(home, psutil.Process.kill, psutil.Process.kill)
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def _end_processes(home: Path, *ways: Callable[[psutil.Process], None]) -> None:
+    """End every process of a simulation, however deep, in one way after the other: they have its home in common."""
+    for end in ways:
+        processes = _processes_of(home)
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                end(process)
+        psutil.wait_procs(processes, timeout=STOP_SECONDS)
 
 
 def _processes_of(home: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("FLWR_HOME") == str(home):
+            if process.environ().get("FLWR_HOME") == str(home) and process.pid != os.getpid():
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue

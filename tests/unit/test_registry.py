@@ -235,7 +235,7 @@ def test_promotion_writes_a_release_copy_and_activates_it(
     with ServiceClient("inference", services.url, attempts=1) as inference:
         release = promote(adapter, evaluation, baseline, tmp_path / "release", BOUNDS, inference)
     sha256 = read_manifest(adapter).sha256
-    name = f"release-cai-round-3-{sha256[:12]}"
+    name = "release-cai-round-3"
     manifest = read_manifest(tmp_path / "release" / name)
     assert (release.adapter, release.sha256) == (name, manifest.sha256)
     assert manifest.evaluation == summary()
@@ -257,6 +257,21 @@ def test_evaluation_of_another_adapter_is_refused(
         promote(adapter, evaluation, baseline, tmp_path / "release", BOUNDS, inference)
     assert services.seen == []
     assert not (tmp_path / "release").exists()
+
+
+def test_release_copy_of_another_adapter_is_not_overwritten(
+    adapter: Path, services: FakeServices, tmp_path: Path
+) -> None:
+    evaluation, baseline = write_summaries(tmp_path, summary())
+    arguments = (evaluation, baseline, tmp_path / "release", BOUNDS)
+    other = tmp_path / "other"
+    write_adapter(other, ARRAYS | {"layer.lora_B.weight": np.zeros((1, 1), np.float32)}, "{}", PROVENANCE)
+    with ServiceClient("inference", services.url) as inference:
+        for _ in range(2):  # the same adapter may be promoted again
+            first = promote(adapter, *arguments, inference)
+        with pytest.raises(ConfigError, match="release-cai-round-3 holds another adapter"):
+            promote(other, *arguments, inference)
+    assert read_manifest(tmp_path / "release" / "release-cai-round-3").sha256 == first.sha256
 
 
 def test_evaluation_that_names_its_adapter_is_taken(adapter: Path, services: FakeServices, tmp_path: Path) -> None:
