@@ -88,20 +88,21 @@ class CheckedAnswer:
         self._wordless = ""
         self._cut_characters = 0
         self._handed_out = 0
+        self._stopped = False
         self._pause: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Self:
         self._reader = asyncio.create_task(self._read())
+        self._overdue = asyncio.get_running_loop().call_later(self._settings.generation_seconds, self._on_overdue)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop_waiting()
-        tasks = [self._reader, *self._checks]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        self._stop_reading()
+        for check in self._checks:
+            check.cancel()
+        await asyncio.wait([self._reader, *self._checks])  # not gather, which passes cancellations on
 
     def __aiter__(self) -> Self:
         return self
@@ -121,20 +122,29 @@ class CheckedAnswer:
     async def _read(self) -> None:
         """Read to the end of the answer; the queue then ends with None, or with what went wrong."""
         try:
-            async with asyncio.timeout(self._settings.generation_seconds), aclosing(self._chunks) as chunks:
+            async with aclosing(self._chunks) as chunks:
                 async for chunk in chunks:
                     self._take(chunk)
             if self.finish_reason is None:
                 raise UpstreamUnavailable("inference", "the stream broke off before the answer was finished")
             self._start_check(self._segmenter.rest(), last=True)
             self._units.put_nowait(None)
-        except TimeoutError:
-            seconds = self._settings.generation_seconds
-            self._units.put_nowait(UpstreamUnavailable("inference", f"the answer was not finished in {seconds:g} s"))
         except Exception as error:  # whatever it is, the consumer has to learn of it or it would wait for ever
             self._units.put_nowait(error)
         finally:
+            self._overdue.cancel()
             self._stop_waiting()
+
+    def _on_overdue(self) -> None:
+        seconds = self._settings.generation_seconds
+        self._units.put_nowait(UpstreamUnavailable("inference", f"the answer was not finished in {seconds:g} s"))
+        self._stop_reading()
+
+    def _stop_reading(self) -> None:
+        """Cancel the reader, but only once: httpx cancelled again while it closes a connection leaves it open."""
+        if not self._stopped:
+            self._stopped = True
+            self._reader.cancel()
 
     def _take(self, chunk: ChatChunk) -> None:
         self.head = self.head or Head.of(chunk)

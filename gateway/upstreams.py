@@ -7,8 +7,9 @@ that lives as long as the app (a new one per request costs 20 times as much).
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import httpx
 from pydantic import ValidationError
@@ -27,6 +28,7 @@ SAFETY = "safety"
 CHAT = "/v1/chat/completions"
 _BODY_LIMIT = 4_000_000
 _JSON = {"content-type": "application/json"}
+_CALLS: set[asyncio.Task[bytes]] = set()  # also those that were given up: the event loop does not keep them alive
 # Shorter than the 5 s after which uvicorn closes an idle connection: a kept one must not die as it is taken.
 _LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=2.0)
 
@@ -95,14 +97,22 @@ class Upstreams:
             UpstreamUnavailable: no answer in time, 5xx, or no proper answer at all.
             PassedOn: the service answered 4xx.
         """
-        async with _deadline(name, self._deadlines[name]), self._open(name, method, path, content) as response:
-            return await _read(name, response)
+
+        async def call() -> bytes:
+            async with self._open(name, method, path, content) as response:
+                return await _read(name, response)
+
+        return await _within(self._deadlines[name], name, call())
 
     async def complete(self, content: bytes) -> ChatCompletion:
         """A whole answer of one choice; raises as ``forward`` does."""
-        request = self._open(INFERENCE, "POST", CHAT, content, self._patient)
-        async with _counted(), _deadline(INFERENCE, self._generation_seconds), request as response:
-            body = await _read(INFERENCE, response)
+
+        async def call() -> bytes:
+            async with self._open(INFERENCE, "POST", CHAT, content, self._patient) as response:
+                return await _read(INFERENCE, response)
+
+        async with _counted():
+            body = await _within(self._generation_seconds, INFERENCE, call())
         try:
             completion = ChatCompletion.model_validate_json(body)
         except ValidationError as error:
@@ -161,14 +171,28 @@ async def _raise_for(name: str, response: httpx.Response) -> None:
     raise PassedOn(name, status, detail)
 
 
-@asynccontextmanager
-async def _deadline(name: str, seconds: float) -> AsyncIterator[None]:
-    """A limit on the whole call: httpx's own limits start afresh with every byte."""
+async def _within(seconds: float, name: str, call: Coroutine[Any, Any, bytes]) -> bytes:
+    """Make a call in a task of its own; give it up after ``seconds``, or when whoever waits for it is cancelled.
+
+    The limit is on the whole call: httpx's own limits start afresh with every byte. A call is cancelled once and then
+    left alone: httpx that is cancelled again while it closes a connection leaves it open for ever.
+    """
+    task = asyncio.create_task(call)
+    _CALLS.add(task)
+    task.add_done_callback(_ended)
     try:
-        async with asyncio.timeout(seconds):
-            yield
-    except TimeoutError as error:
-        raise UpstreamUnavailable(name, "no answer within the deadline") from error
+        await asyncio.wait((task,), timeout=seconds)
+        if not task.done():
+            raise UpstreamUnavailable(name, "no answer within the deadline")
+        return task.result()
+    finally:
+        task.cancel()
+
+
+def _ended(task: asyncio.Task[bytes]) -> None:
+    _CALLS.discard(task)
+    if not task.cancelled():
+        task.exception()  # of a call that was given up nobody asks for it, and asyncio would complain of that
 
 
 @asynccontextmanager

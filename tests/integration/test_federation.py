@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,9 @@ class Run:
         lines = file.read_text().splitlines() if file.exists() else []
         return [RoundRecord.model_validate_json(line) for line in lines]
 
+    def has_more_than(self, rounds: int) -> bool:
+        return len(self.rounds()) > rounds
+
     def processes(self) -> list[psutil.Process]:
         """What is still running of all that this run started, at any depth."""
         found = []
@@ -95,6 +99,13 @@ def wait_for(condition: Callable[[], Any], what: str, process: "subprocess.Popen
         assert process.poll() is None, f"the run ended with {process.returncode} before its {what}"
         time.sleep(0.02)
     raise AssertionError(f"no {what} within {PATIENCE_SECONDS:g} s")
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return condition()
 
 
 @pytest.fixture(scope="module")
@@ -166,22 +177,27 @@ def test_client_that_dies_mid_round_costs_that_round_one_client(tmp_path: Path) 
     assert run.processes() == []
 
 
-def test_interrupted_run_stops_everything_and_is_resumed(tmp_path: Path) -> None:
-    run = Run(tmp_path, arm="none", rounds=3, local_epochs=30)
-    process = run.start()
-    try:
-        wait_for(run.rounds, "first round", process)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
-    finally:
-        stop(process)
-    assert run.processes() == []
-    done = run.rounds()
-    assert 1 <= len(done) < 3
+def test_interrupted_and_killed_run_stops_everything_and_is_resumed(tmp_path: Path) -> None:
+    run = Run(tmp_path, arm="none", rounds=5, local_epochs=30)
+    done: list[RoundRecord] = []
+    for end, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        process = run.start()
+        try:
+            wait_for(partial(run.has_more_than, len(done)), "next round", process)
+            process.send_signal(end)
+            assert process.wait(60) == code
+        finally:
+            stop(process)
+        # A killed process cannot clean up: its guard does, just after.
+        assert end == signal.SIGINT or wait_until(lambda: not run.processes())
+        assert run.processes() == []
+        assert run.rounds()[: len(done)] == done
+        done = run.rounds()
+        assert len(done) < 5
 
     assert run.finish() == 0, run.log()
     assert run.rounds()[: len(done)] == done
-    assert [record.round_number for record in run.rounds()] == [1, 2, 3]
+    assert [record.round_number for record in run.rounds()] == [1, 2, 3, 4, 5]
     assert f"after round {len(done)}" in run.log()
     result = read_result(run.run_dir)
     assert result is not None

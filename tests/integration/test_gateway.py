@@ -24,24 +24,25 @@ from tests.fakes.gateway_upstreams import BLAND, MARKER, FakeInference, FakeSafe
 
 UNCHECKED = "fedward_gateway_characters_released_before_verdict_total"
 # A loaded machine must not make a test fail, so most tests ask a gateway that waits longer than they need; tests of
-# the waiting itself ask one that does not.
+# the waiting itself ask one that waits less for the service which they let hang.
 PATIENT: dict[str, Any] = {"check_deadline_ms": 1500, "silence_seconds": 1.5, "generation_seconds": 4.0}
-HASTY: dict[str, Any] = {"check_deadline_ms": 200, "silence_seconds": 0.2, "generation_seconds": 0.5}
+HASTY_CHECKS = PATIENT | {"check_deadline_ms": 200}
+HASTY_MODEL = PATIENT | {"silence_seconds": 0.2, "generation_seconds": 0.5}
 
 
 @dataclass
 class Stack:
-    """Two running gateways, a patient and a hasty one, with the two fakes behind both."""
+    """Three running gateways, a patient one and two that are hasty with one service, all with the same two fakes."""
 
     url: str
     inference: FakeInference
     safety: FakeSafety
     client: httpx.Client
-    hasty: httpx.Client
+    hasty: dict[str, httpx.Client]
 
-    def ask(self, prompt: str = "Hello", *, hastily: bool = False, **fields: Any) -> httpx.Response:
+    def ask(self, prompt: str = "Hello", *, hasty_with: str = "", **fields: Any) -> httpx.Response:
         body = {"model": "fake", "messages": [{"role": "user", "content": prompt}]} | fields
-        return (self.hasty if hastily else self.client).post("/v1/chat/completions", json=body)
+        return self.hasty.get(hasty_with, self.client).post("/v1/chat/completions", json=body)
 
     def answer(self, pieces: list[str], **fields: Any) -> None:
         """Set what the fake model says."""
@@ -59,11 +60,12 @@ def running() -> Iterator[Stack]:
     inference, safety = FakeInference(), FakeSafety()
     with ExitStack() as exits:
         inference_url, safety_url = (exits.enter_context(serving(fake)) for fake in (inference, safety))
-        patient, hasty = (
-            exits.enter_context(gateway(inference_url, safety_url, limits)) for limits in (PATIENT, HASTY)
-        )
-        clients = [exits.enter_context(httpx.Client(base_url=url, timeout=20)) for url in (patient, hasty)]
-        yield Stack(patient, inference, safety, *clients)
+        urls = [
+            exits.enter_context(gateway(inference_url, safety_url, limits))
+            for limits in (PATIENT, HASTY_CHECKS, HASTY_MODEL)
+        ]
+        client, checks, model = (exits.enter_context(httpx.Client(base_url=url, timeout=20)) for url in urls)
+        yield Stack(urls[0], inference, safety, client, {"safety": checks, "inference": model})
 
 
 @pytest.fixture
@@ -354,7 +356,7 @@ CLASSIFIER_FAULTS = ["500", "400", "redirect", "hang", "garbage", "schema", "res
 def test_classifier_fault_before_the_first_byte_is_503(stack: Stack, fault: str, direction: str, stream: bool) -> None:
     stack.answer(words(60, 25, sentence=6))
     stack.break_safety(fault, direction)
-    assert_unavailable(stack.ask(stream=stream, hastily=fault in ("hang", "drip")), "safety")
+    assert_unavailable(stack.ask(stream=stream, hasty_with="safety" if fault in ("hang", "drip") else ""), "safety")
 
 
 def assert_unavailable(response: httpx.Response, service: str) -> None:
@@ -408,7 +410,8 @@ def test_slow_classifier_within_its_deadline_only_delays(stack: Stack) -> None:
 @pytest.mark.parametrize("fault", ["500", "redirect", "hang", "garbage", "schema", "reset", "drip"])
 def test_model_fault_before_the_first_byte_is_503(stack: Stack, fault: str, stream: bool) -> None:
     stack.answer(words(60, 25, sentence=6), fault=fault)
-    assert_unavailable(stack.ask(stream=stream, hastily=fault in ("hang", "drip")), "inference")
+    hasty_with = "inference" if fault in ("hang", "drip") else ""
+    assert_unavailable(stack.ask(stream=stream, hasty_with=hasty_with), "inference")
 
 
 @pytest.mark.parametrize("fault", ["reset", "hang", "garbage", "end", "error event", "two choices", "drip"])

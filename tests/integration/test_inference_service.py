@@ -401,8 +401,10 @@ def test_swapping_adapters_under_load_never_mixes_them(http: httpx.Client, url: 
 
     with ThreadPoolExecutor(4) as pool:
         asking = [pool.submit(ask) for _ in range(4)]
-        for swap in range(30):
-            load(http, "now", ("r1", "r2")[swap % 2])
+        swaps = 0
+        while swaps < 30 or len({sha256 for _, sha256 in list(seen)}) < 2:
+            load(http, "now", ("r1", "r2")[swaps % 2])
+            swaps += 1
         over.set()
         for call in asking:
             call.result()

@@ -228,3 +228,38 @@ def test_failure_that_nobody_waits_for_is_no_complaint() -> None:
 
     asyncio.run(run())
     assert complaints == []
+
+
+@pytest.mark.parametrize("cancellations", [0, 1, 2])
+def test_reading_is_cancelled_once_even_at_its_deadline(cancellations: int) -> None:
+    """The reader closes a connection when it is cancelled; a second cancellation would interrupt that."""
+    closed = []
+
+    async def slow_to_close() -> AsyncGenerator[ChatChunk, None]:
+        try:
+            yield chunk("Words. ")
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.05)
+            closed.append("connection")
+
+    async def allow(text: str) -> Decision:
+        return ALLOW
+
+    async def read_on() -> None:
+        async with CheckedAnswer(slow_to_close(), allow, settings(generation_seconds=0.1)) as answer:
+            async for _ in answer:
+                pass
+
+    async def run() -> None:
+        task = asyncio.create_task(read_on())
+        await asyncio.sleep(0.11)
+        for _ in range(cancellations):
+            task.cancel()
+            await asyncio.sleep(0)
+        with pytest.raises((UpstreamUnavailable, asyncio.CancelledError)):
+            await task
+        await asyncio.sleep(0.1)
+        assert closed == ["connection"]
+
+    asyncio.run(run())
