@@ -37,12 +37,16 @@ Result = TypeVar("Result")
 
 
 class Answer(NamedTuple):
-    """What the target made of a prompt; ``text`` is None exactly when ``error`` says why there is no answer."""
+    """What the target made of a prompt; ``text`` is None exactly when ``error`` says why there is no answer.
+
+    ``fingerprint`` is the completion's ``system_fingerprint``: behind our inference service, the adapter's sha256.
+    """
 
     text: str | None
     finish_reason: str | None = None
     blocked: bool = False
     error: str | None = None
+    fingerprint: str | None = None
 
 
 class _Message(BaseModel):
@@ -61,6 +65,7 @@ class _Completion(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     choices: list[_Choice] = Field(min_length=1)
+    system_fingerprint: str | None = None
 
 
 class _Client:
@@ -134,7 +139,8 @@ class Target(_Client):
 def _first_choice(completion: _Completion) -> Answer:
     choice = completion.choices[0]
     text = choice.message.content or choice.message.refusal or ""
-    return Answer(text, choice.finish_reason, blocked=choice.finish_reason == CONTENT_FILTER)
+    blocked = choice.finish_reason == CONTENT_FILTER
+    return Answer(text, choice.finish_reason, blocked=blocked, fingerprint=completion.system_fingerprint)
 
 
 def _filtered(response: httpx.Response) -> Answer | None:

@@ -53,6 +53,7 @@ def figures(evaluation: RunSummary, round_number: int, costs: Sequence[RoundCost
     helpful = ordinary.rates["helpful"]
     return Figures(
         round=round_number,
+        adapter_sha256=evaluation.fingerprint,
         advbench=_harmful(evaluation.sets["advbench"]),
         benign_out_of_source=_benign(ordinary),
         benign_alarming=_benign(evaluation.sets["benign_alarming"]),

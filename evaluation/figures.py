@@ -54,9 +54,13 @@ class HelpfulFigures(Interval):
 
 
 class Figures(BaseModel):
-    """Everything that is reported of one arm after one round."""
+    """Everything that is reported of one arm after one round.
+
+    ``adapter_sha256`` is the fingerprint of the model that answered; for the base model that of its weights.
+    """
 
     round: int
+    adapter_sha256: str | None = None
     advbench: HarmfulFigures
     benign_out_of_source: BenignFigures
     benign_alarming: BenignFigures

@@ -48,7 +48,8 @@ class RunOptions(BaseModel):
 class RunSummary(Provenance):
     """What ``summary.json`` of one evaluation holds: each set's shares, and two over all sets.
 
-    ``seconds`` is the time of the last call; a continued run's earlier calls are not in it.
+    ``seconds`` is the time of the last call; a continued run's earlier calls are not in it. ``fingerprint`` is the
+    ``system_fingerprint`` of the answers, None when they carry none or not all the same one.
     """
 
     schema_version: int = 1
@@ -56,6 +57,7 @@ class RunSummary(Provenance):
     round: int | None
     target: str
     model: str
+    fingerprint: str | None = None
     judge_url: str
     judge: ClassifierInfo
     decoding: dict[str, int | float]
@@ -143,6 +145,7 @@ def summarise(
         round=options.round,
         target=options.target,
         model=options.model,
+        fingerprint=single_fingerprint(samples),
         judge_url=options.judge,
         judge=judge,
         decoding={"temperature": 0.0, "seed": SEED, "max_tokens": options.max_tokens},
@@ -161,6 +164,12 @@ def summarise(
         seconds=seconds,
         **dict(collect(options.command)),
     )
+
+
+def single_fingerprint(samples: Sequence[Sample]) -> str | None:
+    """What all answers that carry a fingerprint agree on: answers of two models are no evaluation of either."""
+    found = {sample.fingerprint for sample in samples if sample.fingerprint}
+    return found.pop() if len(found) == 1 else None
 
 
 def check_unscored(samples: Sequence[Sample], found: Rate, allowed: float) -> None:

@@ -58,6 +58,7 @@ class Sample(BaseModel):
     on_topic: bool
     paper_rule_safe: bool
     outcome: SampleOutcome
+    fingerprint: str | None = None
 
     @property
     def safe(self) -> bool:
@@ -113,6 +114,7 @@ def score(prompt: Prompt, answer: Answer, verdict: Verdict | None) -> Sample:
         on_topic=text_rules.is_on_topic(prompt.text, text),
         paper_rule_safe=answer.text is not None and text_rules.paper_rule_safe(text),
         outcome=find_outcome(prompt.harmful, answer, verdict, affirmative=affirmative),
+        fingerprint=answer.fingerprint,
     )
 
 

@@ -20,7 +20,7 @@ from stack.up import down, up
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXAMPLES = """examples:
   python -m stack demo                                  # the main job, about ten minutes on two cores
-  python -m stack demo --rounds 1 --clients 2 --samples-per-client 16 --limit 20 --out runs/quick
+  python -m stack demo --rounds 1 --clients 2 --samples-per-client 16 --limit 50 --out runs/quick
   python -m stack up --release runs/demo/release/release-filter+cai-round-3      # serve what the demo released
   python -m stack down
 """
@@ -76,7 +76,7 @@ def _demo(arguments: argparse.Namespace, console: Console) -> None:
 
 def _results(arguments: argparse.Namespace, console: Console) -> None:
     flags = arguments.demo_flags
-    size = _plan(_parser().parse_args(["demo", *flags]))
+    size = _plan(_parser().parse_args(["demo", "--no-release", *flags]))
     run_all(arguments.out, size, arguments.seeds, arguments.split_seeds, flags, console)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from services.contracts.errors import ConfigError
 
+GATE_SAMPLES = 50  # the least number of prompts of a set that `python -m trainer promote` takes
 ARMS = ("clean", "none", "filter", "cai", "filter+cai")
 
 
@@ -15,7 +16,7 @@ class DemoPlan:
 
     ``seed`` seeds the training (LoRA's initial weights, order, toy data), ``split_seed`` the split of AdvBench into
     the clients' half and the held-out half. ``limit`` cuts every evaluation set, for a quick look. Without
-    ``release`` the demo ends with the report.
+    ``release`` the demo ends with the report. Raises ConfigError when ``limit`` and ``release`` contradict each other.
     """
 
     out: Path
@@ -29,6 +30,13 @@ class DemoPlan:
     limit: int | None = None
     benchmarks: Path | None = None
     release: bool = True
+
+    def __post_init__(self) -> None:
+        if self.release and self.limit is not None and self.limit < GATE_SAMPLES:
+            raise ConfigError(
+                f"--limit {self.limit} leaves too few prompts for the release gate, which wants {GATE_SAMPLES}; "
+                "add --no-release, or raise the limit"
+            )
 
     @property
     def note(self) -> Path:

@@ -63,7 +63,7 @@ class BenignFigures(Figures):
 
 
 class EvaluationSummary(BaseModel):
-    """The part of an evaluation that the gate reads; ``adapter_sha256`` is there when the evaluation recorded it."""
+    """The part of an evaluation that the gate reads; ``adapter_sha256`` names the adapter that gave the answers."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -129,11 +129,10 @@ def why_unusable(which: str, summary: EvaluationSummary, bounds: GateBounds) -> 
 
 
 def check_evaluated(summary: EvaluationSummary, manifest: AdapterManifest) -> None:
-    """Raise GateRefused when the evaluation is one of another adapter."""
-    if summary.adapter_sha256 not in (None, manifest.sha256):
-        raise GateRefused(
-            f"the evaluation is of the adapter with sha256 {summary.adapter_sha256}, not of {manifest.sha256}"
-        )
+    """Raise GateRefused when the evaluation is not known to be one of this adapter."""
+    answered = summary.adapter_sha256 or "unknown"
+    if answered != manifest.sha256:
+        raise GateRefused(f"the answers are of the adapter with sha256 {answered}, not of {manifest.sha256}")
     if summary.round != manifest.round_number:
         raise GateRefused(f"the evaluation is of round {summary.round}, the adapter of round {manifest.round_number}")
 

@@ -68,6 +68,19 @@ def test_evaluates_a_target_and_writes_samples_and_summary(
     assert "forbidden" not in printed
 
 
+@pytest.mark.parametrize(("others", "expected"), [("a" * 64, "a" * 64), (None, "a" * 64), ("b" * 64, None)])
+def test_summary_names_the_model_that_gave_all_answers(
+    tmp_path: Path, heldout: Path, others: str | None, expected: str | None
+) -> None:
+    def answer(path: str, body: Any) -> Reply:
+        fingerprint = "a" * 64 if "number 1" in body["messages"][0]["content"] else others
+        return Reply(200, completion("I'm sorry, but no.") | {"system_fingerprint": fingerprint})
+
+    with serve(answer) as target, serve(simple_judge) as judge:
+        assert run(tmp_path / "out", heldout, target, judge) == 0
+    assert summary(tmp_path / "out").fingerprint == expected
+
+
 def test_api_key_is_sent_when_named(tmp_path: Path, heldout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TARGET_KEY", "s3cret")
     with serve(polite_target) as target, serve(simple_judge) as judge:

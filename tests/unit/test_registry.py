@@ -221,7 +221,9 @@ def test_gate_reads_what_the_evaluation_writes(tmp_path: Path) -> None:
     check_gate(evaluation, baseline, BOUNDS)
 
 
-def write_summaries(tmp_path: Path, candidate: dict[str, Any]) -> tuple[Path, Path]:
+def write_summaries(tmp_path: Path, adapter: Path, candidate: dict[str, Any]) -> tuple[Path, Path]:
+    """The evaluation of ``adapter`` and that of the base model."""
+    candidate = {"adapter_sha256": read_manifest(adapter).sha256} | candidate
     evaluation, baseline = tmp_path / "evaluation.json", tmp_path / "baseline.json"
     evaluation.write_text(json.dumps(candidate))
     baseline.write_text(json.dumps(BASELINE))
@@ -231,28 +233,29 @@ def write_summaries(tmp_path: Path, candidate: dict[str, Any]) -> tuple[Path, Pa
 def test_promotion_writes_a_release_copy_and_activates_it(
     adapter: Path, services: FakeServices, tmp_path: Path
 ) -> None:
-    evaluation, baseline = write_summaries(tmp_path, summary())
+    evaluation, baseline = write_summaries(tmp_path, adapter, summary())
     with ServiceClient("inference", services.url, attempts=1) as inference:
         release = promote(adapter, evaluation, baseline, tmp_path / "release", BOUNDS, inference)
     sha256 = read_manifest(adapter).sha256
     name = "release-cai-round-3"
     manifest = read_manifest(tmp_path / "release" / name)
     assert (release.adapter, release.sha256) == (name, manifest.sha256)
-    assert manifest.evaluation == summary()
+    assert manifest.evaluation == summary() | {"adapter_sha256": sha256}
     assert services.loaded == {name: sha256}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"adapter_sha256": "d" * 64}, "the evaluation is of the adapter with sha256 dddd"),
+        ({"adapter_sha256": "d" * 64}, "the answers are of the adapter with sha256 dddd"),
+        ({"adapter_sha256": None}, "the answers are of the adapter with sha256 unknown"),
         ({"round": 2}, "the evaluation is of round 2, the adapter of round 3"),
     ],
 )
 def test_evaluation_of_another_adapter_is_refused(
     adapter: Path, services: FakeServices, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    evaluation, baseline = write_summaries(tmp_path, summary() | changes)
+    evaluation, baseline = write_summaries(tmp_path, adapter, summary() | changes)
     with ServiceClient("inference", services.url) as inference, pytest.raises(GateRefused, match=message):
         promote(adapter, evaluation, baseline, tmp_path / "release", BOUNDS, inference)
     assert services.seen == []
@@ -262,30 +265,22 @@ def test_evaluation_of_another_adapter_is_refused(
 def test_release_copy_of_another_adapter_is_not_overwritten(
     adapter: Path, services: FakeServices, tmp_path: Path
 ) -> None:
-    evaluation, baseline = write_summaries(tmp_path, summary())
-    arguments = (evaluation, baseline, tmp_path / "release", BOUNDS)
     other = tmp_path / "other"
     write_adapter(other, ARRAYS | {"layer.lora_B.weight": np.zeros((1, 1), np.float32)}, "{}", PROVENANCE)
     with ServiceClient("inference", services.url) as inference:
         for _ in range(2):  # the same adapter may be promoted again
-            first = promote(adapter, *arguments, inference)
+            summaries = write_summaries(tmp_path, adapter, summary())
+            first = promote(adapter, *summaries, tmp_path / "release", BOUNDS, inference)
+        summaries = write_summaries(tmp_path, other, summary())
         with pytest.raises(ConfigError, match="release-cai-round-3 holds another adapter"):
-            promote(other, *arguments, inference)
+            promote(other, *summaries, tmp_path / "release", BOUNDS, inference)
     assert read_manifest(tmp_path / "release" / "release-cai-round-3").sha256 == first.sha256
-
-
-def test_evaluation_that_names_its_adapter_is_taken(adapter: Path, services: FakeServices, tmp_path: Path) -> None:
-    named = summary() | {"adapter_sha256": read_manifest(adapter).sha256}
-    evaluation, baseline = write_summaries(tmp_path, named)
-    with ServiceClient("inference", services.url) as inference:
-        promote(adapter, evaluation, baseline, tmp_path / "release", BOUNDS, inference)
-    assert len(services.loaded) == 1
 
 
 def test_arm_that_would_lead_out_of_the_release_folder_is_refused(tmp_path: Path, services: FakeServices) -> None:
     odd = tmp_path / "odd"
     write_adapter(odd, ARRAYS, "{}", PROVENANCE | {"arm": "../../x"})
-    evaluation, baseline = write_summaries(tmp_path, summary())
+    evaluation, baseline = write_summaries(tmp_path, odd, summary())
     with (
         ServiceClient("inference", services.url) as inference,
         pytest.raises(AdapterError, match=r"the manifest's arm is '\.\./\.\./x'"),
@@ -294,7 +289,7 @@ def test_arm_that_would_lead_out_of_the_release_folder_is_refused(tmp_path: Path
 
 
 def test_refused_adapter_is_neither_copied_nor_loaded(adapter: Path, services: FakeServices, tmp_path: Path) -> None:
-    evaluation, baseline = write_summaries(tmp_path, summary(low=0.5))
+    evaluation, baseline = write_summaries(tmp_path, adapter, summary(low=0.5))
     code = main(
         [
             "promote", "--adapter", str(adapter), "--evaluation", str(evaluation), "--baseline", str(baseline),
@@ -309,8 +304,8 @@ def test_refused_adapter_is_neither_copied_nor_loaded(adapter: Path, services: F
 def test_adapter_that_is_not_the_evaluated_one_is_not_released(
     adapter: Path, services: FakeServices, tmp_path: Path
 ) -> None:
+    evaluation, baseline = write_summaries(tmp_path, adapter, summary())
     (adapter / WEIGHTS).write_bytes(b"something else")
-    evaluation, baseline = write_summaries(tmp_path, summary())
     with ServiceClient("inference", services.url, attempts=1) as inference, pytest.raises(AdapterHashMismatch):
         promote(adapter, evaluation, baseline, tmp_path / "release", BOUNDS, inference)
     assert services.seen == []
@@ -318,7 +313,7 @@ def test_adapter_that_is_not_the_evaluated_one_is_not_released(
 
 def test_inference_service_that_fails_is_named(adapter: Path, services: FakeServices, tmp_path: Path) -> None:
     services.fail_paths["/v1/release"] = 500
-    evaluation, baseline = write_summaries(tmp_path, summary())
+    evaluation, baseline = write_summaries(tmp_path, adapter, summary())
     with (
         ServiceClient("inference", services.url, attempts=1) as inference,
         pytest.raises(UpstreamUnavailable, match="inference: HTTP 500"),
@@ -356,7 +351,7 @@ def test_unusable_summary_is_named(
 def test_bound_that_nothing_could_break_is_refused(
     adapter: Path, tmp_path: Path, bounds: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluation, baseline = write_summaries(tmp_path, summary())
+    evaluation, baseline = write_summaries(tmp_path, adapter, summary())
     arguments = ["--adapter", str(adapter), "--evaluation", str(evaluation), "--baseline", str(baseline), *bounds]
     with pytest.raises(SystemExit):
         main(["promote", *arguments, "--release-dir", str(tmp_path / "r"), "--inference-url", "http://127.0.0.1:1"])

@@ -23,7 +23,7 @@ from stack import release
 from stack.__main__ import main
 from stack.arms import finished_rounds, write_run_config
 from stack.demo import open_folder
-from stack.plan import ARMS, DemoData, DemoPlan
+from stack.plan import ARMS, GATE_SAMPLES, DemoData, DemoPlan
 from stack.processes import ProcessFailed
 from stack.progress import Stages
 from stack.release import ALLOWED, BLOCKED, show_chats, write_chats
@@ -362,7 +362,7 @@ def finish_demo(out: Path, size: DemoPlan, seed: int, split_seed: int) -> Path:
 
 
 def test_results_of_finished_demos_need_no_new_run(tmp_path: Path) -> None:
-    size = DemoPlan(Path("anywhere"), limit=5)
+    size = DemoPlan(Path("anywhere"), limit=5, release=False)
     for seed in (1, 2):
         finish_demo(tmp_path, size, seed, 0)
     console = quiet()
@@ -387,10 +387,16 @@ def test_results_run_only_what_is_missing_and_name_what_failed(tmp_path: Path, m
 
 
 @pytest.mark.parametrize(
-    "change", [lambda s: dataclasses.replace(s, limit=5), lambda s: dataclasses.replace(s, rounds=1)]
+    "change", [lambda s: dataclasses.replace(s, limit=60), lambda s: dataclasses.replace(s, rounds=1)]
 )
 def test_results_of_another_size_are_not_mixed_in(tmp_path: Path, change: Callable[[DemoPlan], DemoPlan]) -> None:
     size = DemoPlan(Path("anywhere"))
     folder = finish_demo(tmp_path, change(size), 0, 0)
     with pytest.raises(ConfigError, match=f"^{folder} holds a demo of another plan"):
         run_all(tmp_path, size, [0], [0], [], quiet())
+
+
+def test_too_few_prompts_for_the_release_gate_are_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--limit 49 leaves too few prompts"):
+        DemoPlan(tmp_path, limit=49)
+    assert DemoPlan(tmp_path, limit=GATE_SAMPLES).release
