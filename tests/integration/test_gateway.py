@@ -25,7 +25,12 @@ from tests.fakes.gateway_upstreams import BLAND, MARKER, FakeInference, FakeSafe
 UNCHECKED = "fedward_gateway_characters_released_before_verdict_total"
 # A loaded machine must not make a test fail, so most tests ask a gateway that waits longer than they need; tests of
 # the waiting itself ask one that waits less for the service which they let hang.
-PATIENT: dict[str, Any] = {"check_deadline_ms": 1500, "silence_seconds": 1.5, "generation_seconds": 4.0}
+PATIENT: dict[str, Any] = {
+    "check_deadline_ms": 1500,
+    "silence_seconds": 1.5,
+    "generation_seconds": 4.0,
+    "unit_idle_ms": 400,
+}
 HASTY_CHECKS = PATIENT | {"check_deadline_ms": 200}
 HASTY_MODEL = PATIENT | {"silence_seconds": 0.2, "generation_seconds": 0.5}
 
@@ -75,11 +80,12 @@ def stack(running: Stack) -> Iterator[Stack]:
     After the test, not one character may have left before its verdict, and no upstream may be at work any more.
     """
     for fake, fresh in ((running.inference, FakeInference()), (running.safety, FakeSafety())):
-        vars(fake).update(vars(fresh))
+        vars(fake).update({name: value for name, value in vars(fresh).items() if name != "at_work"})
     before = REGISTRY.get_sample_value(UNCHECKED)
     yield running
     assert REGISTRY.get_sample_value(UNCHECKED) == before
-    wait_for(lambda: running.inference.at_work == running.safety.at_work == 0)
+    for service in (running.inference, running.safety):
+        wait_for(lambda service=service: service.at_work == 0)
 
 
 def gateway(inference_url: str, safety_url: str, limits: dict[str, Any] = PATIENT) -> AbstractContextManager[str]:
@@ -249,7 +255,7 @@ def test_marker_at_twenty_milliseconds_a_word(stack: Stack) -> None:
 def test_violation_stops_the_generation(stack: Stack) -> None:
     stack.answer(["Fine. ", f"The {MARKER}. ", "More. "], pause=lambda i: 60 if i == 2 else 0)
     assert assert_nothing_leaked(stack.ask(stream=True), stack.inference.text) == "Fine. "
-    wait_for(lambda: stack.inference.cancelled == 1)
+    wait_for(lambda: stack.inference.cancelled >= 1)
 
 
 def test_marker_cut_by_a_pause(stack: Stack) -> None:
@@ -332,7 +338,7 @@ def test_blocked_prompt_gets_the_refusal_and_stops_the_model(stack: Stack, case:
     assert part["fedward"]["categories"] == ["S1"]
     if stream:
         assert events(response)[1:] == ["[DONE]"]
-    wait_for(lambda: stack.inference.cancelled == 1)
+    wait_for(lambda: stack.inference.cancelled >= 1)
     assert stack.inference.finished == 0
 
 
@@ -516,7 +522,7 @@ def test_more_requests_than_places_are_refused_until_one_is_free(stack: Stack) -
             for refused in (ask(False), ask(True)):
                 assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
                 assert refused.json()["error"]["code"] == "overloaded"
-        wait_for(lambda: stack.inference.cancelled == 1)
+        wait_for(lambda: stack.inference.cancelled >= 1)
         stack.answer([BLAND], pause=lambda _: 0)
         wait_for(lambda: ask(False).status_code == 200)
 
@@ -529,7 +535,7 @@ def test_client_that_leaves_a_stream_stops_the_model(stack: Stack) -> None:
     stack.answer([BLAND] * 2, pause=lambda i: 60 * i)
     with stack.client.stream("POST", "/v1/chat/completions", json=chat_body(stream=True)) as response:
         next(response.iter_lines())
-    wait_for(lambda: stack.inference.cancelled == 1)
+    wait_for(lambda: stack.inference.cancelled >= 1)
     assert stack.inference.finished == 0
     assert (REGISTRY.get_sample_value("fedward_gateway_upstream_cancellations_total") or 0) > before
 
@@ -539,7 +545,7 @@ def test_client_that_leaves_before_the_first_byte_stops_the_model(stack: Stack, 
     stack.answer([BLAND], pause=lambda _: 60)
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{stack.url}/v1/chat/completions", json=chat_body(stream=stream), timeout=0.5)
-    wait_for(lambda: stack.inference.cancelled == 1)
+    wait_for(lambda: stack.inference.cancelled >= 1)
 
 
 # Requests that are refused
