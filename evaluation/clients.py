@@ -92,8 +92,8 @@ class _Client:
     async def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         try:
             return await self._http.request(method, path, json=body)
-        except (httpx.TransportError, httpx.InvalidURL) as error:
-            if isinstance(error, httpx.TransportError):
+        except (httpx.RequestError, httpx.InvalidURL) as error:
+            if isinstance(error, httpx.RequestError):
                 raise unavailable(self.name, error) from error
             raise UpstreamUnavailable(self.name, str(error)) from error
 

@@ -5,6 +5,7 @@ import math
 import resource
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,24 +117,28 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond 20 bytes: the writes fail as on a full disk, in the kernel."""
+    """No file may grow beyond 20 bytes: the writes fail as on a full disk, in the kernel.
+
+    A context and no fixture: pytest itself may write to a file, as soon as a test has ended.
+    """
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-@pytest.mark.usefixtures("full_disk")
 def test_full_disk_is_named_with_the_path_and_leaves_nothing_half_written(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot write to .*round-9: File too large"):
+    with full_disk(), pytest.raises(ConfigError, match=r"cannot write to .*round-9: File too large"):
         write_adapter(tmp_path / "round-9", ARRAYS, "{}", PROVENANCE)
-    with pytest.raises(ConfigError, match=r"cannot write to .*state\.json: File too large"):
+    with full_disk(), pytest.raises(ConfigError, match=r"cannot write to .*state\.json: File too large"):
         write_atomically(tmp_path / "state.json", "x" * 50)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ConfigError, match=r"cannot write to .*rounds\.jsonl: File too large"):
+    with full_disk(), pytest.raises(ConfigError, match=r"cannot write to .*rounds\.jsonl: File too large"):
         append_line(tmp_path / "rounds.jsonl", "x" * 50)
 
 
