@@ -119,7 +119,7 @@ def test_categories_are_hazards_and_name_the_right_one(model: SafetyModel) -> No
 
 
 def test_a_harmful_window_is_found_anywhere(model: SafetyModel) -> None:
-    """Harm that fills more than half a window is seen wherever it begins. (One sentence alone is diluted: model card.)"""
+    """Harm that fills more than half a window is seen wherever it begins; one sentence is diluted (model card)."""
     passage = " ".join([HARMFUL] * 3)
     assert len(passage.split()) > STRIDE_WORDS
     for before in range(0, 4 * STRIDE_WORDS, 7):
