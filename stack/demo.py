@@ -30,6 +30,7 @@ def run_demo(plan: DemoPlan, console: Console, command: str) -> None:
         ConfigError: the run folder holds another demo, or cannot be written.
     """
     open_folder(plan)
+    say_which_prompts(plan, console)
     began = time.monotonic()
     services = service_plan(free_port(), free_port(), free_port())
     with Processes(plan.out / "logs") as processes, Stages(console, plan.steps()) as stages:
@@ -55,6 +56,15 @@ def run_demo(plan: DemoPlan, console: Console, command: str) -> None:
     console.print(
         f"done in {minutes:.1f} minutes: {plan.out / 'report.html'}", style="bold", markup=False, soft_wrap=True
     )
+
+
+def say_which_prompts(plan: DemoPlan, console: Console) -> None:
+    """Say where the prompts come from: figures on built-in prompts must not be taken for AdvBench's."""
+    if plan.benchmarks is None:
+        note = "FEDWARD_DATA is not set: built-in prompts stand in for AdvBench, Dolly and XSTest (docs/data.md)"
+        console.print(f"[yellow]{note}[/]")
+    else:
+        console.print(f"benchmarks: AdvBench, Dolly and XSTest from {plan.benchmarks}", markup=False)
 
 
 def release(plan: DemoPlan, processes: Processes, services: list[Service], stages: Stages, console: Console) -> None:

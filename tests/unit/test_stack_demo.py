@@ -22,7 +22,7 @@ from services.contracts.errors import AdapterError, ConfigError, UpstreamUnavail
 from stack import release
 from stack.__main__ import main
 from stack.arms import finished_rounds, write_run_config
-from stack.demo import open_folder
+from stack.demo import open_folder, say_which_prompts
 from stack.plan import ARMS, GATE_SAMPLES, DemoData, DemoPlan
 from stack.processes import ProcessFailed
 from stack.progress import Stages
@@ -400,3 +400,12 @@ def test_too_few_prompts_for_the_release_gate_are_refused_at_once(tmp_path: Path
     with pytest.raises(ConfigError, match="--limit 49 leaves too few prompts"):
         DemoPlan(tmp_path, limit=49)
     assert DemoPlan(tmp_path, limit=GATE_SAMPLES).release
+
+
+@pytest.mark.parametrize(
+    ("benchmarks", "said"), [(None, "built-in prompts stand in"), (Path("my/data"), "from my/data")]
+)
+def test_demo_says_which_prompts_it_uses(tmp_path: Path, benchmarks: Path | None, said: str) -> None:
+    console = quiet()
+    say_which_prompts(DemoPlan(tmp_path, benchmarks=benchmarks), console)
+    assert said in shown(console)
