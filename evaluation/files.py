@@ -1,44 +1,26 @@
 """Files that are written whole or not at all, and JSONL that names the line at fault."""
 
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from services.common.files import replace_file
 from services.contracts.constitution import describe
 from services.contracts.errors import DataError
 
 Line = TypeVar("Line", bound=BaseModel)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace ``path`` in one step, so that a reader never sees half of it; raises OSError when that fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp's 0600 would hide a report from everyone but its writer
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def write_json(path: Path, value: BaseModel) -> None:
     """Write a model as indented JSON, atomically."""
-    write_atomically(path, (value.model_dump_json(indent=2) + "\n").encode())
+    replace_file(path, (value.model_dump_json(indent=2) + "\n").encode())
 
 
 def write_jsonl(path: Path, lines: Iterable[BaseModel]) -> None:
     """Write one model a line, atomically."""
-    write_atomically(path, "".join(line.model_dump_json() + "\n" for line in lines).encode())
+    replace_file(path, "".join(line.model_dump_json() + "\n" for line in lines).encode())
 
 
 def read_text(path: Path) -> str:

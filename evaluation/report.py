@@ -4,12 +4,13 @@ from pathlib import Path
 
 from evaluation.compare import summarise_job
 from evaluation.figures import ReportSummary
-from evaluation.files import read_json, write_atomically, write_json, write_jsonl
+from evaluation.files import read_json, write_json, write_jsonl
 from evaluation.judge_accuracy import JudgeReport
 from evaluation.page import render
 from evaluation.plots import draw_all
 from evaluation.run_folder import ArmRun, read_run_folder
 from evaluation.scoring import Sample
+from services.common.files import replace_file
 
 REPORT = "report.html"
 JUDGES = "judges.json"
@@ -42,8 +43,8 @@ def write_report(folder: Path, *, command: str | None = None, seeds: dict[str, i
     write_jsonl(folder / "samples.jsonl", (sample for arm in arms for sample in _labelled(arm)))
     plots = draw_all(summary)
     for name, plot in plots.items():
-        write_atomically(folder / f"{name}.png", plot.light)
-    write_atomically(folder / REPORT, render(summary, plots).encode())
+        replace_file(folder / f"{name}.png", plot.light)
+    replace_file(folder / REPORT, render(summary, plots).encode())
     return summary
 
 

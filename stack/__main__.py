@@ -19,7 +19,7 @@ from stack.up import down, up
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXAMPLES = """examples:
-  python -m stack demo                                  # the main job, about ten minutes on two cores
+  python -m stack demo                                  # the main job, about seven minutes on two cores
   python -m stack demo --rounds 1 --clients 2 --samples-per-client 16 --limit 50 --out runs/quick
   python -m stack up --release runs/demo/release/release-filter+cai-round-3      # serve what the demo released
   python -m stack down

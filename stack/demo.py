@@ -9,11 +9,13 @@ import time
 
 from rich.console import Console
 
+from services.common.files import replace_file
+from services.common.ports import free_port
 from services.contracts.errors import ConfigError
 from stack.arms import evaluate, train_arms
 from stack.data import prepare_data
-from stack.plan import DemoData, DemoPlan, write_whole
-from stack.processes import Processes, Service, free_port
+from stack.plan import DemoData, DemoPlan
+from stack.processes import Processes, Service
 from stack.progress import Stages
 from stack.release import promote, show_chats, write_chats
 from stack.up import gateway_plan, service_plan
@@ -115,6 +117,6 @@ def open_folder(plan: DemoPlan) -> None:
         if plan.is_finished():
             raise ConfigError(f"{plan.out} holds a finished demo; remove it, or choose another (make demo RUN=...)")
         plan.out.mkdir(parents=True, exist_ok=True)
-        write_whole(plan.note, plan.identity())
+        replace_file(plan.note, plan.identity().encode())
     except OSError as error:
         raise ConfigError(f"cannot write to {plan.out}: {error.strerror}") from error

@@ -12,7 +12,7 @@ ARMS = ("clean", "none", "filter", "cai", "filter+cai")
 
 @dataclass(frozen=True)
 class DemoPlan:
-    """Size and seeds of a demo; the defaults take about ten minutes on two cores.
+    """Size and seeds of a demo; the defaults take about seven minutes on two cores.
 
     ``seed`` seeds the training (LoRA's initial weights, order, toy data), ``split_seed`` the split of AdvBench into
     the clients' half and the held-out half. ``limit`` cuts every evaluation set, for a quick look. Without
@@ -84,10 +84,3 @@ class DemoData:
     red_team: Path
     replay: Path
     heldout: Path | None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is whole, or as it was before, whatever happens meanwhile."""
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -10,10 +10,11 @@ from rich.panel import Panel
 from rich.text import Text
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_fixed
 
+from services.common.files import replace_file
 from services.common.http import read_answer, unavailable
 from services.contracts.chat import ChatCompletion
 from services.contracts.errors import UpstreamUnavailable
-from stack.plan import DemoPlan, write_whole
+from stack.plan import DemoPlan
 from stack.processes import Processes, Service
 
 RELEASED_ARM = "filter+cai"
@@ -80,4 +81,4 @@ def chat(gateway_url: str, prompt: str) -> dict[str, str]:
 
 def write_chats(path: Path, records: list[dict[str, str]]) -> None:
     """Keep the chats beside the report, one a line."""
-    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
+    replace_file(path, "".join(json.dumps(record) + "\n" for record in records).encode())

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from services.common.files import replace_file
 from services.contracts.errors import ConfigError
 
 
@@ -29,19 +30,14 @@ def make_dir(path: Path) -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file's content in one step that survives a crash; raises ConfigError when it cannot be written."""
+    """Replace a file's content in one step that survives a crash, for this user only: it may hold client data.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     content = text.encode()
     with writing(path):
-        descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(descriptor)
-            Path(partial).replace(path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        replace_file(path, content, mode=0o600)
 
 
 def append_line(path: Path, line: str) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from services.common.files import replace_file
 from services.contracts.constitution import describe
 from services.contracts.errors import ConfigError
 
@@ -58,8 +59,7 @@ def write_weights(folder: Path, tensors: dict[str, Array], metadata: dict[str, s
     head += b" " * (-len(head) % 8)
     content = len(head).to_bytes(8, "little") + head
     content += b"".join(np.ascontiguousarray(tensor, "<f2").tobytes() for tensor in tensors.values())
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / WEIGHTS).write_bytes(content)
+    replace_file(folder / WEIGHTS, content)
     hashed = manifest.model_copy(update={"sha256": hashlib.sha256(content).hexdigest()})
     write_manifest(folder, hashed)
     return hashed
@@ -67,7 +67,7 @@ def write_weights(folder: Path, tensors: dict[str, Array], metadata: dict[str, s
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest alone, for example with new figures."""
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    replace_file(folder / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
 
 
 def read_weights(folder: Path) -> WeightsFile:

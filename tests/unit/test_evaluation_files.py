@@ -8,9 +8,10 @@ from pydantic import BaseModel
 
 from evaluation.clients import Answer
 from evaluation.datasets import PromptSet
-from evaluation.files import read_jsonl, write_atomically, write_jsonl
+from evaluation.files import read_jsonl, write_jsonl
 from evaluation.samples import RunIdentity, SampleLog
 from evaluation.scoring import Sample, score
+from services.common.files import replace_file
 from services.contracts.errors import ConfigError, DataError
 from services.contracts.verdicts import Outcome, Verdict
 
@@ -46,7 +47,7 @@ def test_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
 def test_a_folder_in_the_way_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(OSError, match="taken"):
-        write_atomically(tmp_path / "taken", b"text")
+        replace_file(tmp_path / "taken", b"text")
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
 
 
