@@ -172,14 +172,6 @@ class Processes:
         return ProcessFailed("\n".join(lines))
 
 
-def free_port() -> int:
-    """A TCP port on this machine that is free at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def port_is_free(port: int) -> bool:
     """Whether nothing listens on that port of this machine."""
     with socket.socket() as probe:

@@ -4,12 +4,10 @@ Only the adapter moves between processes: ``{PEFT's parameter name: float32 arra
 """
 
 import functools
-import hashlib
 import json
 import os
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from services.common.model_files import context_tokens, locate_model
-from services.contracts.adapters import file_sha256
+from services.common.model_files import context_tokens, locate_model, weights_sha256
 from services.contracts.errors import ConfigError
 from trainer.aggregation import Arrays, check_arrays
 from trainer.config import RunConfig
@@ -76,6 +73,7 @@ def _load(base_model: str | None, lora: LoraSettings) -> Trainee:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        base_sha256 = weights_sha256(source, cached_file)
     except (OSError, ValueError) as error:
         raise ConfigError(f"base-model {source}: cannot be loaded: {str(error).splitlines()[0]}") from error
     if tokenizer.chat_template is None:
@@ -91,27 +89,7 @@ def _load(base_model: str | None, lora: LoraSettings) -> Trainee:
     with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a property by its former name
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         model = get_peft_model(base, wanted)
-    return Trainee(model, tokenizer, model_id, weights_sha256(source), _arrays(model))
-
-
-def weights_sha256(source: str) -> str:
-    """The sha256 of a model's ``model.safetensors``; for a sharded model, of its shards' hashes in order.
-
-    The inference service takes the hash in the same way, and refuses an adapter that was trained on another base.
-    """
-    single = _weights_file(source, "model.safetensors")
-    if single:
-        return file_sha256(single)
-    index = _weights_file(source, "model.safetensors.index.json")
-    if index is None:
-        raise ConfigError(f"base-model {source}: has neither model.safetensors nor its index")
-    shards = sorted(index.parent.glob("model-*-of-*.safetensors"))
-    return hashlib.sha256("".join(file_sha256(shard) for shard in shards).encode()).hexdigest()
-
-
-def _weights_file(source: str, name: str) -> Path | None:
-    found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-    return Path(found) if found else None
+    return Trainee(model, tokenizer, model_id, base_sha256, _arrays(model))
 
 
 def read_adapter_arrays(trainee: Trainee) -> Arrays:

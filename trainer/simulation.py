@@ -7,7 +7,6 @@ SuperLink is ours, its state lives in a folder that is removed, and the run's ow
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from typing import Self
 import httpx
 import psutil
 
+from services.common.ports import free_port
 from services.contracts.errors import FedwardError
 from trainer.config import RunConfig
 from trainer.records import RunResult
@@ -112,7 +112,7 @@ class Simulation:
         )  # fmt: skip
 
     def _start(self) -> None:
-        port = _free_port()
+        port = free_port()
         address = f"127.0.0.1:{port}"
         connections = f'[superlink]\ndefault = "{CONNECTION}"\n[superlink.{CONNECTION}]\naddress = "{address}"\n'
         (self._home / "config.toml").write_text(connections + "insecure = true\n", encoding="utf-8")
@@ -187,10 +187,3 @@ def _is_healthy(address: str) -> bool:
         return httpx.get(f"http://{address}/health", timeout=2.0).is_success
     except httpx.TransportError:
         return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

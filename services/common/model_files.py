@@ -1,9 +1,12 @@
-"""Where a service's language model comes from (the shipped miniature, a folder, the Hub), and its limits."""
+"""Where a language model comes from (the shipped miniature, a folder, the Hub), what identifies it, and its limits."""
 
+import hashlib
 import importlib.resources
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from services.contracts.adapters import file_sha256
 from services.contracts.errors import ConfigError
 
 MINIATURE_ID = "fedward-miniature"
@@ -41,6 +44,33 @@ def _miniature_folder() -> Path:
     if not (folder / "config.json").is_file():
         raise ConfigError("the miniature model is not installed (models/miniature has no config.json); give --model")
     return folder
+
+
+def weights_sha256(location: str, cached_file: Callable[..., str | None]) -> str:
+    """The hash that an adapter's manifest names as its base model's: the trainer and the inference service agree on it.
+
+    Args:
+        location: a folder or a Hub name whose files have been fetched.
+        cached_file: ``transformers.utils.hub.cached_file``, given by the caller because this package is without it.
+
+    Returns:
+        The sha256 of ``model.safetensors``; for a sharded model, that of its shards' hashes in order.
+
+    Raises:
+        OSError: the model has neither that file nor an index of shards.
+    """
+
+    def find(name: str) -> Path | None:
+        found = cached_file(location, name, _raise_exceptions_for_missing_entries=False)
+        return Path(found) if found else None
+
+    if single := find("model.safetensors"):
+        return file_sha256(single)
+    index = find("model.safetensors.index.json")
+    if index is None:
+        raise OSError(f"{location} has neither model.safetensors nor its index")
+    shards = sorted(index.parent.glob("model-*-of-*.safetensors"))
+    return hashlib.sha256("".join(file_sha256(shard) for shard in shards).encode()).hexdigest()
 
 
 def context_tokens(config: Any) -> int:

@@ -1,8 +1,6 @@
 """Loading the base model: the shipped miniature, a folder, or any causal language model of the Hub."""
 
 from dataclasses import dataclass
-from hashlib import sha256
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -12,8 +10,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from services.common.chat_prompts import PromptEncoder
-from services.common.model_files import context_tokens, end_ids, locate_model
-from services.contracts.adapters import file_sha256
+from services.common.model_files import context_tokens, end_ids, locate_model, weights_sha256
 from services.contracts.errors import ConfigError
 from services.inference.settings import InferenceSettings
 
@@ -59,7 +56,7 @@ def load_base(settings: InferenceSettings) -> BaseModel:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location)
         network = AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, use_safetensors=True)
-        digest = weights_sha256(source.location)
+        digest = weights_sha256(source.location, cached_file)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(
             f"cannot load model {source.location}: {str(error).splitlines()[0]}", param="model"
@@ -77,23 +74,6 @@ def load_base(settings: InferenceSettings) -> BaseModel:
         context_tokens=context_tokens(network.config),
         end_ids=end_ids(network.generation_config, tokenizer),
     )
-
-
-def weights_sha256(location: str) -> str:
-    """The sha256 of a model's ``model.safetensors``; for a sharded model, of its shards' hashes in order."""
-    single = _weights_file(location, "model.safetensors")
-    if single:
-        return file_sha256(single)
-    index = _weights_file(location, "model.safetensors.index.json")
-    if index is None:
-        raise OSError(f"{location} has neither model.safetensors nor its index")
-    shards = sorted(index.parent.glob("model-*-of-*.safetensors"))
-    return sha256("".join(file_sha256(shard) for shard in shards).encode()).hexdigest()
-
-
-def _weights_file(location: str, name: str) -> Path | None:
-    found = cached_file(location, name, _raise_exceptions_for_missing_entries=False)
-    return Path(found) if found else None
 
 
 def _device(name: str) -> torch.device:

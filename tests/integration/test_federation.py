@@ -15,9 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
+from services.common.ports import free_port
 from services.contracts.adapters import read_manifest
 from services.contracts.errors import ConfigError
-from stack.processes import Processes, Service, free_port
+from stack.processes import Processes, Service
 from tests.fakes.trainer_runs import ROOT, write_data
 from trainer.config import RunValue
 from trainer.records import RoundRecord

@@ -14,11 +14,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from services.common.ports import free_port
 from services.contracts.adapters import read_manifest
 from services.contracts.errors import AdapterError, ConfigError
 from stack.marks import VARIABLE, kill_marked, marked, new_mark
 from stack.plan import ARMS
-from stack.processes import ProcessFailed, free_port, port_is_free
+from stack.processes import ProcessFailed, port_is_free
 from tests.fakes.stack_standin import SLEEP
 from tests.fakes.trainer_runs import make_config, write_data
 from tests.meta.test_import_layers import ROOT

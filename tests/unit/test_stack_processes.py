@@ -12,11 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from services.common.ports import free_port
 from services.contracts.errors import ConfigError
 from stack import processes as module
 from stack.__main__ import _reach_this_machine_directly
 from stack.marks import VARIABLE, environment_with, kill_marked, marked, new_mark
-from stack.processes import Processes, ProcessFailed, Service, free_port, port_is_free
+from stack.processes import Processes, ProcessFailed, Service, port_is_free
 from tests.fakes.stack_standin import SLEEP
 from tests.meta.test_import_layers import ROOT
 
