@@ -111,7 +111,8 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
 
         # 4. Register the adapter, then note the round as finished.
         curation = curation_reports(accepted) if config.arm.filters else {}
-        provenance |= {"data_counts": data_counts(accepted, curation), **filter_models(accepted)}
+        filters = filter_models(accepted)
+        provenance |= {"data_counts": data_counts(accepted, curation), **filters}
         manifest = folder.write_adapter(round_number, adapter, adapter_config_json(trainee), provenance)
         record = RoundRecord(
             round_number=round_number,
@@ -123,7 +124,7 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
             bytes_down=count_bytes(adapter) * len(sampled),
             bytes_up=sum(count_bytes(update.arrays) for update in accepted),
             **training_counts(accepted),
-            **filter_models(accepted),
+            **filters,
             **curation_counts(curation),
         )
         folder.finish_round(record)

@@ -13,9 +13,9 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
+from scipy.stats import binomtest
 
 from services.contracts.errors import ConfigError
 from services.contracts.verdicts import ClassifyItem, Outcome
@@ -140,13 +140,10 @@ def judged(name: str, threshold: float, results: Iterable[tuple[bool, bool]]) ->
     )
 
 
-def wilson(hits: int, total: int, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval of a share (Wilson 1927)."""
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    share = hits / total
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z * float(np.sqrt(share * (1 - share) / total + z * z / (4 * total * total))) / (1 + z * z / total)
-    return max(0.0, centre - half), min(1.0, centre + half)
+def wilson(hits: int, total: int) -> Interval:
+    """Wilson's 95 % score interval of a share (Wilson 1927)."""
+    interval = binomtest(hits, total).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def table(lines: Sequence[Measurement]) -> str:
