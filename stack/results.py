@@ -1,4 +1,4 @@
-"""The demo's federations over several training seeds and splits, and the table of ``docs/results.md``.
+"""The demo's federations over several training seeds and splits, and the tables of ``docs/results.md``.
 
 Each combination is a demo of its own, up to its report, in a process of its own. A finished one is not run again, so
 an interrupted ``make results`` goes on where it was.
@@ -47,7 +47,7 @@ def run_all(
     flags: Sequence[str],
     console: Console,
 ) -> None:
-    """Run every combination of seeds that is not done yet, then print the table and write ``results.md``.
+    """Run every combination of seeds that is not done yet, then print both tables and write ``results.md``.
 
     Args:
         out: the folder with one demo each, ``seed-S-split-T``.
@@ -55,7 +55,7 @@ def run_all(
         seeds: training seeds.
         split_seeds: seeds of AdvBench's split.
         flags: the flags of ``python -m stack demo`` that make ``size``.
-        console: where progress and the table go.
+        console: where progress and the tables go.
 
     Raises:
         ConfigError: a folder holds a demo of another size.
@@ -72,9 +72,11 @@ def run_all(
                 with console.status(f"{plan.out.name} ({number} of {len(plans)})"):
                     processes.run(plan.out.name, demo_command(plan, flags))
             console.print(f"[green]✓[/] {plan.out.name}")
-    table = markdown_table([json.loads((plan.out / "summary.json").read_text()) for plan in plans])
-    (out / "results.md").write_text(table, encoding="utf-8")
-    console.print(table, markup=False, highlight=False, soft_wrap=True)
+    summaries = [json.loads((plan.out / "summary.json").read_text()) for plan in plans]
+    seed_pairs = [(plan.seed, plan.split_seed) for plan in plans]
+    tables = f"{markdown_table(summaries)}\n{per_run_table(seed_pairs, summaries)}"
+    (out / "results.md").write_text(tables, encoding="utf-8")
+    console.print(tables, markup=False, highlight=False, soft_wrap=True)
 
 
 def demo_command(plan: DemoPlan, flags: Sequence[str]) -> list[str]:
@@ -94,6 +96,21 @@ def markdown_table(summaries: Sequence[dict[str, Any]]) -> str:
         cells.append(f"{statistics.mean(a['seconds'] for a in arms):.0f}")
         cells.append(f"{statistics.mean(a['bytes_sent'] for a in arms) / 1e6:.1f}")
         rows.append([f"`{arm}`", *cells])
+    return _markdown(rows)
+
+
+def per_run_table(seed_pairs: Sequence[tuple[int, int]], summaries: Sequence[dict[str, Any]]) -> str:
+    """One row per run: training seed, split seed, then each arm's measure in percent, measure by measure."""
+    columns = [(title, part, key, arm) for title, part, key in MEASURES for arm in summaries[0]["arms"]]
+    header = ["training seed", "split seed", *(f"{arm}: {title}" for title, _, _, arm in columns)]
+    rows = [header, ["---"] * len(header)]
+    for (seed, split_seed), summary in zip(seed_pairs, summaries, strict=True):
+        figures = [f"{100 * summary['arms'][arm][part][key]:.1f}" for _, part, key, arm in columns]
+        rows.append([str(seed), str(split_seed), *figures])
+    return _markdown(rows)
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

@@ -27,7 +27,7 @@ from stack.plan import ARMS, GATE_SAMPLES, DemoData, DemoPlan
 from stack.processes import ProcessFailed
 from stack.progress import Stages
 from stack.release import ALLOWED, BLOCKED, show_chats, write_chats
-from stack.results import markdown_table, run_all, spread
+from stack.results import markdown_table, per_run_table, run_all, spread
 from stack.up import describe_model, service_plan
 from tests.fakes.gateway_upstreams import closed_port, serving
 from tests.meta.test_import_layers import ROOT
@@ -350,6 +350,20 @@ def test_table_has_a_row_for_each_arm() -> None:
         "| `none` | 20.0 ± 14.1 [10.0, 30.0] | 5.0 ± 7.1 [0.0, 10.0] | 0.0 ± 0.0 [0.0, 0.0] "
         "| 85.0 ± 7.1 [80.0, 90.0] | 3.0 ± 1.4 [2.0, 4.0] | 15 | 1.8 |\n"
     )
+
+
+def test_each_run_has_a_row_of_its_own() -> None:
+    summaries = [
+        {"arms": {"base": arm(0.5, 0, 0.1, 1, 0, 0, 0)}},
+        {"arms": {"base": arm(0.625, 0.25, 0, 0.9, 0, 0, 0)}},
+    ]
+    assert per_run_table([(7, 0), (7, 1)], summaries).splitlines() == [
+        "| training seed | split seed | base: AdvBench safe | base: refused, out-of-source benign "
+        "| base: refused, alarming benign | base: helpful |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| 7 | 0 | 50.0 | 0.0 | 10.0 | 100.0 |",
+        "| 7 | 1 | 62.5 | 25.0 | 0.0 | 90.0 |",
+    ]
 
 
 def finish_demo(out: Path, size: DemoPlan, seed: int, split_seed: int) -> Path:
