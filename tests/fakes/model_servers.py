@@ -1,5 +1,9 @@
 """The two model services on real sockets, served from this process with tiny models."""
 
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +19,8 @@ from services.inference.app import build_app
 from services.inference.model import load_base
 from services.inference.service import InferenceService
 from services.inference.settings import InferenceSettings
+
+ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
@@ -60,3 +66,20 @@ class Failing(torch.nn.Module):
         if self.steps == 3:
             raise RuntimeError("out of memory")
         return self.network(**inputs)
+
+
+def start_inference(folder: Path, *flags: str) -> subprocess.Popen[str]:
+    """The inference service as a process of its own, with the tiny model of ``folder``."""
+    command = [sys.executable, "-m", "services.inference", "--model", str(folder / "tiny"), "--port", "0", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_url(process: subprocess.Popen[str]) -> str:
+    """Where the process says that it listens."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        found = re.search(r'"port": (\d+)', line)
+        if found:
+            return f"http://127.0.0.1:{found[1]}"
+    raise AssertionError("the service ended before it listened")

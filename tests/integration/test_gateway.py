@@ -4,9 +4,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,116 +15,18 @@ from huggingface_hub.errors import HfHubHTTPError
 from openai.types.chat import ChatCompletionMessageParam
 from prometheus_client import REGISTRY
 
-from gateway.app import build_app
-from gateway.settings import GatewaySettings
-from tests.fakes.gateway_upstreams import BLAND, MARKER, FakeInference, FakeSafety, closed_port, raw_server, serving
-
-UNCHECKED = "fedward_gateway_characters_released_before_verdict_total"
-# A loaded machine must not make a test fail, so most tests ask a gateway that waits longer than they need; tests of
-# the waiting itself ask one that waits less for the service which they let hang.
-PATIENT: dict[str, Any] = {
-    "check_deadline_ms": 1500,
-    "silence_seconds": 1.5,
-    "generation_seconds": 4.0,
-    "unit_idle_ms": 400,
-}
-HASTY_CHECKS = PATIENT | {"check_deadline_ms": 200}
-HASTY_MODEL = PATIENT | {"silence_seconds": 0.2, "generation_seconds": 0.5}
-
-
-@dataclass
-class Stack:
-    """Three running gateways, a patient one and two that are hasty with one service, all with the same two fakes."""
-
-    url: str
-    inference: FakeInference
-    safety: FakeSafety
-    client: httpx.Client
-    hasty: dict[str, httpx.Client]
-
-    def ask(self, prompt: str = "Hello", *, hasty_with: str = "", **fields: Any) -> httpx.Response:
-        body = {"model": "fake", "messages": [{"role": "user", "content": prompt}]} | fields
-        return self.hasty.get(hasty_with, self.client).post("/v1/chat/completions", json=body)
-
-    def answer(self, pieces: list[str], **fields: Any) -> None:
-        """Set what the fake model says."""
-        self.inference.pieces = pieces
-        for name, value in fields.items():
-            setattr(self.inference, name, value)
-
-    def break_safety(self, fault: str, direction: str, *, after: int = 0, text: str = "") -> None:
-        """Let the classifier fail in checks of one direction, after some of them or on one text."""
-        vars(self.safety).update(fault=fault, fault_direction=direction, fault_from=after, fault_text=text)
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Stack]:
-    inference, safety = FakeInference(), FakeSafety()
-    with ExitStack() as exits:
-        inference_url, safety_url = (exits.enter_context(serving(fake)) for fake in (inference, safety))
-        urls = [
-            exits.enter_context(gateway(inference_url, safety_url, limits))
-            for limits in (PATIENT, HASTY_CHECKS, HASTY_MODEL)
-        ]
-        client, checks, model = (exits.enter_context(httpx.Client(base_url=url, timeout=20)) for url in urls)
-        yield Stack(urls[0], inference, safety, client, {"safety": checks, "inference": model})
-
-
-@pytest.fixture
-def stack(running: Stack) -> Iterator[Stack]:
-    """The shared stack with fresh fakes.
-
-    After the test, not one character may have left before its verdict, and no upstream may be at work any more.
-    """
-    for fake, fresh in ((running.inference, FakeInference()), (running.safety, FakeSafety())):
-        vars(fake).update({name: value for name, value in vars(fresh).items() if name != "at_work"})
-    before = REGISTRY.get_sample_value(UNCHECKED)
-    yield running
-    assert REGISTRY.get_sample_value(UNCHECKED) == before
-    for service in (running.inference, running.safety):
-        wait_for(lambda service=service: service.at_work == 0)
-
-
-def gateway(inference_url: str, safety_url: str, limits: dict[str, Any] = PATIENT) -> AbstractContextManager[str]:
-    """A gateway in a thread; gives its URL."""
-    values = limits | {"inference_url": inference_url, "safety_url": safety_url, "held_limit_characters": 3000}
-    return serving(build_app(GatewaySettings(**values)))
-
-
-def events(response: httpx.Response) -> list[Any]:
-    """The events of a stream: JSON objects, and the string [DONE]."""
-    assert response.headers["content-type"].startswith("text/event-stream")
-    data = [block.removeprefix("data: ") for block in response.text.split("\n\n") if block]
-    return [item if item == "[DONE]" else json.loads(item) for item in data]
-
-
-def said(parts: list[Any]) -> str:
-    """The text that a client puts together, without the gateway's own refusal."""
-    choices = [part["choices"][0] for part in parts if part != "[DONE]" and part.get("choices")]
-    return "".join(c["delta"].get("content", "") for c in choices if c["finish_reason"] != "content_filter")
-
-
-def words(count: int, marker_at: int | None = None, *, sentence: int = 0) -> list[str]:
-    """``word0 word1 ...``, the marker as word ``marker_at``, a full stop after every ``sentence`` words."""
-    names = [MARKER if i == marker_at else f"word{i}" for i in range(count)]
-    return [f"{name}{'.' if sentence and i % sentence == sentence - 1 else ''} " for i, name in enumerate(names)]
-
-
-def assert_nothing_leaked(response: httpx.Response, full: str) -> str:
-    """No character of the marker or after it; returns what was released."""
-    assert MARKER not in response.text
-    released = said(events(response))
-    assert full.startswith(released)
-    assert len(released) <= full.index(MARKER)
-    return released
-
-
-def wait_for(condition: Any, seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "the condition did not come true in time"
-        time.sleep(0.01)
-
+from tests.fakes.gateway_stack import (
+    UNCHECKED,
+    Stack,
+    assert_nothing_leaked,
+    chat_body,
+    events,
+    gateway,
+    said,
+    wait_for,
+    words,
+)
+from tests.fakes.gateway_upstreams import BLAND, MARKER, FakeInference, FakeSafety, closed_port, serving
 
 # What is allowed
 
@@ -195,10 +94,6 @@ def test_empty_answer_ends_normally(stack: Stack) -> None:
     parts = events(stack.ask(stream=True))
     assert [part if part == "[DONE]" else part["choices"][0]["finish_reason"] for part in parts] == ["stop", "[DONE]"]
     assert stack.ask().json()["choices"][0]["message"]["content"] == ""
-
-
-def chat_body(**fields: Any) -> dict[str, Any]:
-    return {"model": "fake", "messages": [{"role": "user", "content": "Hello"}]} | fields
 
 
 # The marker in the answer
@@ -348,204 +243,6 @@ def test_generation_runs_beside_the_prompt_check_but_nothing_leaves_before_it(st
         first_byte = time.monotonic()
         assert response.status_code == 200
     assert stack.inference.started_at < stack.safety.verdict_at < first_byte
-
-
-# Faults: the classifier
-
-
-CLASSIFIER_FAULTS = ["500", "400", "redirect", "hang", "garbage", "schema", "reset", "drip", "unscored", "too few"]
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("direction", ["prompt", "response"])
-@pytest.mark.parametrize("fault", CLASSIFIER_FAULTS)
-def test_classifier_fault_before_the_first_byte_is_503(stack: Stack, fault: str, direction: str, stream: bool) -> None:
-    stack.answer(words(60, 25, sentence=6))
-    stack.break_safety(fault, direction)
-    assert_unavailable(stack.ask(stream=stream, hasty_with="safety" if fault in ("hang", "drip") else ""), "safety")
-
-
-def assert_unavailable(response: httpx.Response, service: str) -> None:
-    assert response.status_code == 503
-    assert response.headers["retry-after"] == "1"
-    assert MARKER not in response.text
-    assert "word" not in response.text
-    error = response.json()["error"]
-    assert (error["type"], error["code"]) == ("server_error", "upstream_unavailable")
-    assert error["message"].startswith(f"{service}: ")
-
-
-@pytest.mark.parametrize(
-    ("where", "released"), [({"text": "word6"}, 6), ({"after": 4}, 12)], ids=["mid-stream", "whole-answer check"]
-)
-@pytest.mark.parametrize("fault", CLASSIFIER_FAULTS)
-def test_classifier_fault_after_the_first_byte_ends_with_an_error(
-    stack: Stack, fault: str, where: dict[str, Any], released: int
-) -> None:
-    stack.answer(words(12, sentence=3))  # four sentences: four checks, and one of the whole
-    stack.break_safety(fault, "response", **where)
-    parts = events(stack.ask(stream=True))
-    assert said(parts) == "".join(stack.inference.pieces[:released])
-    assert_ended_by_error(parts, "safety")
-
-
-def assert_ended_by_error(parts: list[Any], service: str) -> None:
-    assert parts[-1]["error"]["code"] == "upstream_unavailable"
-    assert parts[-1]["error"]["message"].startswith(f"{service}: ")
-    assert all(part["choices"][0]["finish_reason"] is None for part in parts[:-1])
-    assert "[DONE]" not in parts
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_unreachable_classifier_is_503(stack: Stack, stream: bool) -> None:
-    with serving(stack.inference) as inference_url, gateway(inference_url, closed_port()) as url:
-        response = httpx.post(f"{url}/v1/chat/completions", json=chat_body(stream=stream))
-    assert_unavailable(response, "safety")
-
-
-def test_slow_classifier_within_its_deadline_only_delays(stack: Stack) -> None:
-    stack.safety.delay = 0.1
-    stack.answer(words(30, sentence=6))
-    assert said(events(stack.ask(stream=True))) == stack.inference.text
-
-
-# Faults: the model
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("fault", ["500", "redirect", "hang", "garbage", "schema", "reset", "drip"])
-def test_model_fault_before_the_first_byte_is_503(stack: Stack, fault: str, stream: bool) -> None:
-    stack.answer(words(60, 25, sentence=6), fault=fault)
-    hasty_with = "inference" if fault in ("hang", "drip") else ""
-    assert_unavailable(stack.ask(stream=stream, hasty_with=hasty_with), "inference")
-
-
-@pytest.mark.parametrize("fault", ["reset", "hang", "garbage", "end", "error event", "two choices", "drip"])
-def test_model_fault_after_the_first_byte_ends_with_an_error(stack: Stack, fault: str) -> None:
-    stack.answer([*words(24, sentence=6), MARKER], fault=fault, fault_at=24)
-    response = stack.ask(stream=True)
-    assert assert_nothing_leaked(response, stack.inference.text) == "".join(stack.inference.pieces[:24])
-    assert_ended_by_error(events(response), "inference")
-
-
-def test_stream_without_a_finish_reason_gets_no_finish(stack: Stack) -> None:
-    stack.answer(words(12, sentence=6), fault="no finish", fault_at=99)
-    parts = events(stack.ask(stream=True))
-    assert_ended_by_error(parts, "inference")
-
-
-def test_two_answers_where_one_was_asked_for_are_refused(stack: Stack) -> None:
-    stack.answer([BLAND], fault="two choices", fault_at=99)
-    response = stack.ask()
-    assert response.status_code == 503
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(
-    "answer",
-    [b"", f"{MARKER} is not HTTP\r\n\r\n".encode(), b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\n\r\nword" * 9],
-    ids=["nothing", "not HTTP", "not gzip"],
-)
-def test_model_that_speaks_no_http_is_503(stack: Stack, answer: bytes, stream: bool) -> None:
-    with (
-        raw_server(answer) as inference_url,
-        serving(stack.safety) as safety_url,
-        gateway(inference_url, safety_url) as url,
-    ):
-        response = httpx.post(f"{url}/v1/chat/completions", json=chat_body(stream=stream))
-    assert_unavailable(response, "inference")
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_unreachable_model_is_503(stack: Stack, stream: bool) -> None:
-    with serving(stack.safety) as safety_url, gateway(closed_port(), safety_url) as url:
-        response = httpx.post(f"{url}/v1/chat/completions", json=chat_body(stream=stream))
-    assert_unavailable(response, "inference")
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_the_models_own_refusal_of_a_request_is_passed_on(stack: Stack, stream: bool) -> None:
-    response = stack.ask(model="other", stream=stream)
-    assert response.status_code == 404
-    assert response.json() == {
-        "error": {
-            "message": "no model other",
-            "type": "invalid_request_error",
-            "code": "model_not_found",
-            "param": "model",
-        }
-    }
-    blocked = stack.ask(MARKER, model="other", stream=stream)
-    assert blocked.status_code == 200, "the prompt's verdict comes first"
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_words_of_the_models_refusal_are_checked_too(stack: Stack, stream: bool) -> None:
-    response = stack.ask(model=MARKER, stream=stream)  # the fake's error message names the model
-    assert response.status_code == 404
-    assert MARKER not in response.text
-    assert response.json()["error"]["message"] == "inference: answered HTTP 404"
-    stack.break_safety("500", "response")
-    assert_unavailable(stack.ask(model="other", stream=stream), "safety")
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_text_in_the_place_of_a_name_is_withheld(stack: Stack, stream: bool) -> None:
-    stack.answer([BLAND], name=f"the {MARKER}")
-    assert_unavailable(stack.ask(stream=stream), "inference")
-
-
-def test_more_held_text_than_the_limit_closes_the_answer(stack: Stack) -> None:
-    stack.safety.hold_prompt_while = lambda: stack.inference.finished + stack.inference.cancelled == 0
-    stack.answer([BLAND * 10] * 30)
-    parts = events(stack.ask(stream=True))
-    assert_ended_by_error(parts, "safety")
-    assert "3000 characters" in parts[-1]["error"]["message"]
-    assert len(said(parts)) <= 3000
-
-
-def test_more_requests_than_places_are_refused_until_one_is_free(stack: Stack) -> None:
-    stack.answer([BLAND] * 2, pause=lambda i: 60 * i)
-    limits = {"requests_in_flight": 1, "check_deadline_ms": 5000, "silence_seconds": 60, "generation_seconds": 60}
-    with (
-        serving(stack.inference) as inference_url,
-        serving(stack.safety) as safety_url,
-        gateway(inference_url, safety_url, limits) as url,
-    ):
-
-        def ask(stream: bool) -> httpx.Response:
-            return httpx.post(f"{url}/v1/chat/completions", json=chat_body(stream=stream))
-
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=chat_body(stream=True)) as response:
-            lines = response.iter_lines()  # kept: httpx closes the connection when its iterator goes
-            next(lines)
-            for refused in (ask(False), ask(True)):
-                assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
-                assert refused.json()["error"]["code"] == "overloaded"
-        wait_for(lambda: stack.inference.cancelled >= 1)
-        stack.answer([BLAND], pause=lambda _: 0)
-        wait_for(lambda: ask(False).status_code == 200)
-
-
-# The client goes away
-
-
-def test_client_that_leaves_a_stream_stops_the_model(stack: Stack) -> None:
-    before = REGISTRY.get_sample_value("fedward_gateway_upstream_cancellations_total") or 0
-    stack.answer([BLAND] * 2, pause=lambda i: 60 * i)
-    with stack.client.stream("POST", "/v1/chat/completions", json=chat_body(stream=True)) as response:
-        next(response.iter_lines())
-    wait_for(lambda: stack.inference.cancelled >= 1)
-    assert stack.inference.finished == 0
-    assert (REGISTRY.get_sample_value("fedward_gateway_upstream_cancellations_total") or 0) > before
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_client_that_leaves_before_the_first_byte_stops_the_model(stack: Stack, stream: bool) -> None:
-    stack.answer([BLAND], pause=lambda _: 60)
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{stack.url}/v1/chat/completions", json=chat_body(stream=stream), timeout=0.5)
-    wait_for(lambda: stack.inference.cancelled >= 1)
 
 
 # Requests that are refused

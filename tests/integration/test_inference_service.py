@@ -1,11 +1,9 @@
 """The inference service on a real socket: OpenAI's and Hugging Face's own clients, adapters under load, the command."""
 
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -23,10 +21,9 @@ from huggingface_hub.errors import GenerationError, OverloadedError, ValidationE
 from services.contracts.adapters import file_sha256
 from services.contracts.chat import ChatChunk, ChatCompletion
 from services.inference.__main__ import main
-from tests.fakes.model_servers import serving_inference
+from tests.fakes.model_servers import serving_inference, start_inference, wait_for_url
 from tests.fakes.tiny_model import build_tiny_adapter, build_tiny_model
 
-ROOT = Path(__file__).parents[2]
 ASK = [{"role": "user", "content": "How do I bake bread?"}]
 
 
@@ -442,23 +439,8 @@ def leave_early(url: str, body: dict[str, Any]) -> None:
         time.sleep(0.01)
 
 
-def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "services.inference", "--model", str(folder / "tiny"), "--port", "0", *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_url(process: subprocess.Popen[str]) -> str:
-    assert process.stderr is not None
-    for line in process.stderr:
-        found = re.search(r'"port": (\d+)', line)
-        if found:
-            return f"http://127.0.0.1:{found[1]}"
-    raise AssertionError("the service ended before it listened")
-
-
 def test_command_serves_a_release_and_finishes_what_it_began_at_sigterm(folder: Path) -> None:
-    process = start(folder, "--release", str(folder / "adapters" / "r1"))
+    process = start_inference(folder, "--release", str(folder / "adapters" / "r1"))
     try:
         url = wait_for_url(process)
         assert httpx.get(f"{url}/health/ready", timeout=10).json() == {"status": "ready"}
@@ -502,7 +484,9 @@ def test_command_that_cannot_start_says_why(
 
 
 def test_model_that_the_hub_does_not_have_is_named(folder: Path) -> None:
-    process = start(folder, "--model", "no-such-org/no-such-model")  # a process: the hub's library reads "offline" once
+    process = start_inference(
+        folder, "--model", "no-such-org/no-such-model"
+    )  # a process: the hub's library reads "offline" once
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors.count("Traceback")) == (2, 0), errors
     assert "error: cannot load model no-such-org/no-such-model" in errors
@@ -511,6 +495,6 @@ def test_model_that_the_hub_does_not_have_is_named(folder: Path) -> None:
 def test_port_in_use_is_named(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        process = start(folder, "--port", str(port))
+        process = start_inference(folder, "--port", str(port))
         _, errors = process.communicate(timeout=60)
     assert (process.returncode, f"cannot listen on 127.0.0.1:{port}" in errors) == (2, True), errors

@@ -1,0 +1,201 @@
+"""The gateway when a service fails or the client goes away: an error with nothing unchecked before it."""
+
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client import REGISTRY
+
+from tests.fakes.gateway_stack import (
+    Stack,
+    assert_ended_by_error,
+    assert_nothing_leaked,
+    assert_unavailable,
+    chat_body,
+    events,
+    gateway,
+    said,
+    wait_for,
+    words,
+)
+from tests.fakes.gateway_upstreams import BLAND, MARKER, closed_port, raw_server, serving
+
+# Faults: the classifier
+
+
+CLASSIFIER_FAULTS = ["500", "400", "redirect", "hang", "garbage", "schema", "reset", "drip", "unscored", "too few"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("direction", ["prompt", "response"])
+@pytest.mark.parametrize("fault", CLASSIFIER_FAULTS)
+def test_classifier_fault_before_the_first_byte_is_503(stack: Stack, fault: str, direction: str, stream: bool) -> None:
+    stack.answer(words(60, 25, sentence=6))
+    stack.break_safety(fault, direction)
+    assert_unavailable(stack.ask(stream=stream, hasty_with="safety" if fault in ("hang", "drip") else ""), "safety")
+
+
+@pytest.mark.parametrize(
+    ("where", "released"), [({"text": "word6"}, 6), ({"after": 4}, 12)], ids=["mid-stream", "whole-answer check"]
+)
+@pytest.mark.parametrize("fault", CLASSIFIER_FAULTS)
+def test_classifier_fault_after_the_first_byte_ends_with_an_error(
+    stack: Stack, fault: str, where: dict[str, Any], released: int
+) -> None:
+    stack.answer(words(12, sentence=3))  # four sentences: four checks, and one of the whole
+    stack.break_safety(fault, "response", **where)
+    parts = events(stack.ask(stream=True))
+    assert said(parts) == "".join(stack.inference.pieces[:released])
+    assert_ended_by_error(parts, "safety")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_unreachable_classifier_is_503(stack: Stack, stream: bool) -> None:
+    with serving(stack.inference) as inference_url, gateway(inference_url, closed_port()) as url:
+        response = httpx.post(f"{url}/v1/chat/completions", json=chat_body(stream=stream))
+    assert_unavailable(response, "safety")
+
+
+def test_slow_classifier_within_its_deadline_only_delays(stack: Stack) -> None:
+    stack.safety.delay = 0.1
+    stack.answer(words(30, sentence=6))
+    assert said(events(stack.ask(stream=True))) == stack.inference.text
+
+
+# Faults: the model
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fault", ["500", "redirect", "hang", "garbage", "schema", "reset", "drip"])
+def test_model_fault_before_the_first_byte_is_503(stack: Stack, fault: str, stream: bool) -> None:
+    stack.answer(words(60, 25, sentence=6), fault=fault)
+    hasty_with = "inference" if fault in ("hang", "drip") else ""
+    assert_unavailable(stack.ask(stream=stream, hasty_with=hasty_with), "inference")
+
+
+@pytest.mark.parametrize("fault", ["reset", "hang", "garbage", "end", "error event", "two choices", "drip"])
+def test_model_fault_after_the_first_byte_ends_with_an_error(stack: Stack, fault: str) -> None:
+    stack.answer([*words(24, sentence=6), MARKER], fault=fault, fault_at=24)
+    response = stack.ask(stream=True)
+    assert assert_nothing_leaked(response, stack.inference.text) == "".join(stack.inference.pieces[:24])
+    assert_ended_by_error(events(response), "inference")
+
+
+def test_stream_without_a_finish_reason_gets_no_finish(stack: Stack) -> None:
+    stack.answer(words(12, sentence=6), fault="no finish", fault_at=99)
+    parts = events(stack.ask(stream=True))
+    assert_ended_by_error(parts, "inference")
+
+
+def test_two_answers_where_one_was_asked_for_are_refused(stack: Stack) -> None:
+    stack.answer([BLAND], fault="two choices", fault_at=99)
+    response = stack.ask()
+    assert response.status_code == 503
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "answer",
+    [b"", f"{MARKER} is not HTTP\r\n\r\n".encode(), b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\n\r\nword" * 9],
+    ids=["nothing", "not HTTP", "not gzip"],
+)
+def test_model_that_speaks_no_http_is_503(stack: Stack, answer: bytes, stream: bool) -> None:
+    with (
+        raw_server(answer) as inference_url,
+        serving(stack.safety) as safety_url,
+        gateway(inference_url, safety_url) as url,
+    ):
+        response = httpx.post(f"{url}/v1/chat/completions", json=chat_body(stream=stream))
+    assert_unavailable(response, "inference")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_unreachable_model_is_503(stack: Stack, stream: bool) -> None:
+    with serving(stack.safety) as safety_url, gateway(closed_port(), safety_url) as url:
+        response = httpx.post(f"{url}/v1/chat/completions", json=chat_body(stream=stream))
+    assert_unavailable(response, "inference")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_models_own_refusal_of_a_request_is_passed_on(stack: Stack, stream: bool) -> None:
+    response = stack.ask(model="other", stream=stream)
+    assert response.status_code == 404
+    assert response.json() == {
+        "error": {
+            "message": "no model other",
+            "type": "invalid_request_error",
+            "code": "model_not_found",
+            "param": "model",
+        }
+    }
+    blocked = stack.ask(MARKER, model="other", stream=stream)
+    assert blocked.status_code == 200, "the prompt's verdict comes first"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_words_of_the_models_refusal_are_checked_too(stack: Stack, stream: bool) -> None:
+    response = stack.ask(model=MARKER, stream=stream)  # the fake's error message names the model
+    assert response.status_code == 404
+    assert MARKER not in response.text
+    assert response.json()["error"]["message"] == "inference: answered HTTP 404"
+    stack.break_safety("500", "response")
+    assert_unavailable(stack.ask(model="other", stream=stream), "safety")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_text_in_the_place_of_a_name_is_withheld(stack: Stack, stream: bool) -> None:
+    stack.answer([BLAND], name=f"the {MARKER}")
+    assert_unavailable(stack.ask(stream=stream), "inference")
+
+
+def test_more_held_text_than_the_limit_closes_the_answer(stack: Stack) -> None:
+    stack.safety.hold_prompt_while = lambda: stack.inference.finished + stack.inference.cancelled == 0
+    stack.answer([BLAND * 10] * 30)
+    parts = events(stack.ask(stream=True))
+    assert_ended_by_error(parts, "safety")
+    assert "3000 characters" in parts[-1]["error"]["message"]
+    assert len(said(parts)) <= 3000
+
+
+def test_more_requests_than_places_are_refused_until_one_is_free(stack: Stack) -> None:
+    stack.answer([BLAND] * 2, pause=lambda i: 60 * i)
+    limits = {"requests_in_flight": 1, "check_deadline_ms": 5000, "silence_seconds": 60, "generation_seconds": 60}
+    with (
+        serving(stack.inference) as inference_url,
+        serving(stack.safety) as safety_url,
+        gateway(inference_url, safety_url, limits) as url,
+    ):
+
+        def ask(stream: bool) -> httpx.Response:
+            return httpx.post(f"{url}/v1/chat/completions", json=chat_body(stream=stream))
+
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=chat_body(stream=True)) as response:
+            lines = response.iter_lines()  # kept: httpx closes the connection when its iterator goes
+            next(lines)
+            for refused in (ask(False), ask(True)):
+                assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+                assert refused.json()["error"]["code"] == "overloaded"
+        wait_for(lambda: stack.inference.cancelled >= 1)
+        stack.answer([BLAND], pause=lambda _: 0)
+        wait_for(lambda: ask(False).status_code == 200)
+
+
+# The client goes away
+
+
+def test_client_that_leaves_a_stream_stops_the_model(stack: Stack) -> None:
+    before = REGISTRY.get_sample_value("fedward_gateway_upstream_cancellations_total") or 0
+    stack.answer([BLAND] * 2, pause=lambda i: 60 * i)
+    with stack.client.stream("POST", "/v1/chat/completions", json=chat_body(stream=True)) as response:
+        next(response.iter_lines())
+    wait_for(lambda: stack.inference.cancelled >= 1)
+    assert stack.inference.finished == 0
+    assert (REGISTRY.get_sample_value("fedward_gateway_upstream_cancellations_total") or 0) > before
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_client_that_leaves_before_the_first_byte_stops_the_model(stack: Stack, stream: bool) -> None:
+    stack.answer([BLAND], pause=lambda _: 60)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{stack.url}/v1/chat/completions", json=chat_body(stream=stream), timeout=0.5)
+    wait_for(lambda: stack.inference.cancelled >= 1)
