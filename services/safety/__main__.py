@@ -32,11 +32,11 @@ def main(argv: Sequence[str]) -> int:
     command, rest = (argv[0], argv[1:]) if argv and argv[0] in ("serve", "train", "measure") else ("serve", argv)
     try:
         if command == "train":
-            from services.safety import train
+            from services.safety.training import train
 
             return train.main(rest)
         if command == "measure":
-            from services.safety import measure
+            from services.safety.training import measure
 
             return measure.main(rest)
         settings = load_settings(SafetySettings, "python -m services.safety", SUMMARY, rest)

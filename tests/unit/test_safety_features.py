@@ -17,7 +17,7 @@ from services.safety.features import (
     windows,
     words,
 )
-from services.safety.fitting import matrix
+from services.safety.training.fitting import matrix
 
 
 @pytest.mark.parametrize(

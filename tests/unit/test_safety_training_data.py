@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from services.contracts.errors import ConfigError, DataError
-from services.safety.answers import affirmative, own_answers
-from services.safety.fitting import Sample, share_at_least, threshold_at
-from services.safety.held_out import advbench, xstest
-from services.safety.near_duplicates import NearDuplicates
 from services.safety.refusal import has_refusal_phrase
-from services.safety.rows import Row
-from services.safety.sources import SOURCES, at_most, data_folder, read_sources
-from services.safety.train import answer_rows, prompt_rows
-from services.safety.wording import categorised, fill, frames, lines, own_prompts
+from services.safety.training.answers import affirmative, own_answers
+from services.safety.training.fitting import Sample, share_at_least, threshold_at
+from services.safety.training.held_out import advbench, xstest
+from services.safety.training.near_duplicates import NearDuplicates
+from services.safety.training.rows import Row
+from services.safety.training.sources import SOURCES, at_most, data_folder, read_sources
+from services.safety.training.train import answer_rows, prompt_rows
+from services.safety.training.wording import categorised, fill, frames, lines, own_prompts
 
 HELD_OUT = NearDuplicates(["Write a long poem about the old red house by the sea", "Bake bread"])
 

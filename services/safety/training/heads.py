@@ -5,11 +5,11 @@ from typing import NamedTuple
 import numpy as np
 
 from services.contracts.hazards import HazardCategory
-from services.safety.answers import Answer
 from services.safety.classifier import MODEL_ID, SafetyModel
-from services.safety.fitting import Head, Sample
-from services.safety.rows import Row
-from services.safety.sources import AILUMINATE
+from services.safety.training.answers import Answer
+from services.safety.training.fitting import Head, Sample
+from services.safety.training.rows import Row
+from services.safety.training.sources import AILUMINATE
 from services.safety.weights import Array, Manifest, WeightsFile
 
 PHRASE_PRECISION = 0.95  # of refusal phrases: the study measured .95 to .97 for such lists

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.safety.refusal import has_refusal_phrase
-from services.safety.rows import Row
-from services.safety.sources import read_json
-from services.safety.wording import categorised, crossed_acts, fill, frames, lines
+from services.safety.training.rows import Row
+from services.safety.training.sources import read_json
+from services.safety.training.wording import categorised, crossed_acts, fill, frames, lines
 
 _NOUN_REQUEST = re.compile(
     "^(?:please |can you |could you )?(?:write|create|develop|design|draft|compose|generate|make|provide|give me"

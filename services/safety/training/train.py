@@ -11,18 +11,18 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from services.safety.answers import Answer, answers_to, instruction_answers, ordinary_answers, own_answers
 from services.safety.classifier import MODEL_ID
 from services.safety.features import normalise, words
-from services.safety.fitting import SEED
-from services.safety.heads import Heads
-from services.safety.held_out import benchmark_texts, require
-from services.safety.near_duplicates import NearDuplicates
-from services.safety.rows import Row
-from services.safety.sources import SOURCES, data_folder, file_hashes, read_sources
-from services.safety.validation import calibrate, validate
+from services.safety.training.answers import Answer, answers_to, instruction_answers, ordinary_answers, own_answers
+from services.safety.training.fitting import SEED
+from services.safety.training.heads import Heads
+from services.safety.training.held_out import benchmark_texts, require
+from services.safety.training.near_duplicates import NearDuplicates
+from services.safety.training.rows import Row
+from services.safety.training.sources import SOURCES, data_folder, file_hashes, read_sources
+from services.safety.training.validation import calibrate, validate
+from services.safety.training.wording import own_prompts
 from services.safety.weights import SHIPPED, Manifest, write_weights
-from services.safety.wording import own_prompts
 
 HELD_OUT_PERCENT = 10
 WHOLE_SOURCES = ("self_instruct", "dangerousqa", "catqa")  # the first pass sees none of these

@@ -19,11 +19,11 @@ from scipy.stats import binomtest
 
 from services.contracts.errors import ConfigError
 from services.contracts.verdicts import ClassifyItem, Outcome
-from services.safety import held_out
 from services.safety.classifier import SafetyModel, load_model
-from services.safety.sources import data_folder
+from services.safety.training import held_out
+from services.safety.training.sources import data_folder
+from services.safety.training.wording import frames
 from services.safety.weights import SHIPPED, write_manifest
-from services.safety.wording import frames
 
 Interval = tuple[float, float]
 

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 
 from services.safety.classifier import HEAD_BITS, fold
 from services.safety.features import Features, features, normalise, windows, words
-from services.safety.rows import Row
+from services.safety.training.rows import Row
 
 Floats = npt.NDArray[np.float64]
 

@@ -7,11 +7,11 @@ from sklearn.metrics import average_precision_score
 
 from services.contracts.hazards import HazardCategory
 from services.contracts.verdicts import ClassifyItem, Outcome
-from services.safety.answers import Answer, answers_to, instruction_answers
 from services.safety.classifier import SafetyModel
-from services.safety.fitting import share_at_least, threshold_at
-from services.safety.heads import Calibration, Heads
-from services.safety.rows import Row
+from services.safety.training.answers import Answer, answers_to, instruction_answers
+from services.safety.training.fitting import share_at_least, threshold_at
+from services.safety.training.heads import Calibration, Heads
+from services.safety.training.rows import Row
 
 FALSE_POSITIVES = 0.02
 CONTENT_FALSE_POSITIVES = 0.01  # of the content head alone: prompt and content share the 2 % of a pair

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from services.contracts.hazards import HazardCategory
-from services.safety.rows import Row
+from services.safety.training.rows import Row
 
 DATA = Path(__file__).parent / "data"
 

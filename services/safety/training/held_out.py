@@ -1,14 +1,14 @@
 """The sets that the safety model is measured on and never trained on, and how they are read.
 
 AdvBench, XSTest, Do-Not-Answer, Dolly and Alpaca. Their texts are also what training texts are compared with, so
-that no near-duplicate of them is learned (:mod:`services.safety.near_duplicates`).
+that no near-duplicate of them is learned (:mod:`services.safety.training.near_duplicates`).
 """
 
 from pathlib import Path
 from typing import NamedTuple
 
 from services.contracts.errors import DataError
-from services.safety.sources import read_csv, read_json
+from services.safety.training.sources import read_csv, read_json
 
 ADVBENCH = "advbench/harmful_behaviors.csv"
 XSTEST = "xstest/xstest_prompts.csv"

@@ -18,7 +18,7 @@ from typing import Any
 from services.contracts.adapters import file_sha256
 from services.contracts.errors import ConfigError, DataError
 from services.contracts.hazards import HazardCategory
-from services.safety.rows import Row
+from services.safety.training.rows import Row
 
 H = HazardCategory
 

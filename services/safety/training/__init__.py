@@ -1,0 +1,1 @@
+"""Training and measuring the embedded safety models. Serving needs nothing from here."""
