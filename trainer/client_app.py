@@ -119,13 +119,14 @@ def curate_shard(pairs: tuple[Pair, ...], config: RunConfig, client_id: int) -> 
     """Curate this client's shard with the silo's own services, or take the result of an earlier round."""
     folder = (config.client_dir or config.run_dir / "clients") / str(client_id)
     timeout = config.service_timeout_seconds
+    mode, floor = config.curation_mode, config.min_filter_recall
     if config.safety_url is None:
         raise ConfigError("curation needs safety-url")
     with ServiceClient("safety", config.safety_url, timeout_seconds=timeout) as safety:
-        if config.curation_mode != "revise" or config.critique_url is None:
-            return curate_once(folder, pairs, config.curation_mode, safety, None)
+        if mode != "revise" or config.critique_url is None:
+            return curate_once(folder, pairs, mode, safety, None, min_filter_recall=floor)
         with ServiceClient("critique", config.critique_url, timeout_seconds=timeout) as critique:
-            return curate_once(folder, pairs, config.curation_mode, safety, critique)
+            return curate_once(folder, pairs, mode, safety, critique, min_filter_recall=floor)
 
 
 def training_seed(config: RunConfig, client_id: int, round_number: object) -> int:

@@ -26,7 +26,7 @@ SILO_KEYS = (*DATA_KEYS, "base-model")
 # These may change between a run and its continuation: they do not change what a finished round means.
 OPERATIONAL_FIELDS = {
     "run_dir", "client_dir", "resume", "rounds", "safety_url", "critique_url", "coordinator_critique_url",
-    "inference_url", "service_timeout_seconds", "round_timeout_seconds",
+    "inference_url", "service_timeout_seconds", "round_timeout_seconds", "min_filter_recall",
 }  # fmt: skip
 
 MAX_OWN_PAIRS = 10_000_000
@@ -92,6 +92,9 @@ class RunConfig(BaseModel):
     max_length: int = Field(ge=8, description="longest training example, in tokens; longer answers are cut")
 
     curation_mode: Literal["drop", "replace", "revise"]
+    min_filter_recall: float = Field(
+        ge=0, le=1, description="curation refuses to start with a filter that its calibration shows to find less"
+    )
     safety_url: OptionalText = Field(description="the safety service of the client's own silo")
     critique_url: OptionalText = Field(description="the critique service of the client's own silo")
     service_timeout_seconds: float = Field(gt=0)

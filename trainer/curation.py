@@ -13,8 +13,9 @@ from typing import Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from services.common.http import ServiceClient
+from services.common.logs import get_logger
 from services.contracts.critique import CritiqueItem, ReviseRequest, ReviseResponse, Revision
-from services.contracts.errors import UpstreamUnavailable
+from services.contracts.errors import ConfigError, UpstreamUnavailable
 from services.contracts.verdicts import (
     ClassifierInfo,
     ClassifyItem,
@@ -195,7 +196,13 @@ def count(pairs: Sequence[Pair], verdicts: Sequence[Verdict], results: Sequence[
 
 
 def curate_once(
-    folder: Path, pairs: Sequence[Pair], mode: Mode, safety: ServiceClient, critique: ServiceClient | None
+    folder: Path,
+    pairs: Sequence[Pair],
+    mode: Mode,
+    safety: ServiceClient,
+    critique: ServiceClient | None,
+    *,
+    min_filter_recall: float,
 ) -> CuratedShard:
     """Curate a shard, or take the result from an earlier round.
 
@@ -204,9 +211,10 @@ def curate_once(
 
     Raises:
         UpstreamError: a service failed for good, or the classifier was exchanged meanwhile.
-        ConfigError: the folder cannot be written to.
+        ConfigError: the folder cannot be written to, or the classifier is known to find too little.
     """
     info = safety.get("/v1/model", ClassifierInfo)
+    require_recall(info, min_filter_recall)
     constitution = critique.get("/v1/constitution", ConstitutionInfo).sha256 if critique and mode == "revise" else ""
     key = hashlib.sha256()
     for part in (*(pair.model_dump_json() for pair in pairs), mode, info.model_dump_json(), constitution):
@@ -224,6 +232,36 @@ def curate_once(
     )
     write_atomically(kept_result, shard.model_dump_json())
     return shard
+
+
+def require_recall(info: ClassifierInfo, floor: float) -> None:
+    """Refuse a classifier that its calibration shows to be blind: curating with it would only look safe.
+
+    The recall on responses counts, for a shard's pairs have them; where it was not measured, that on prompts. Of a
+    classifier without either nothing is known, which is logged and no reason to stop.
+
+    Raises:
+        ConfigError: the measured recall is below ``floor``.
+    """
+    calibration = info.calibration
+    figures = {"responses": calibration.response, "prompts": calibration.prompt} if calibration else {}
+    measured = {kind: found for kind, found in figures.items() if found and found.recall is not None}
+    if calibration is None or not measured:
+        get_logger().warning(
+            "NOTHING IS KNOWN OF THE FILTER'S RECALL; measure it with `python -m services.safety calibrate`",
+            model_id=info.model_id,
+        )
+        return
+    kind, found = next(iter(measured.items()))
+    if found.recall is not None and found.recall < floor:
+        low, high = found.recall_interval or (0.0, 1.0)
+        raise ConfigError(
+            f"the filter {info.model_id} finds {found.recall:.1%} of unsafe {kind} (95 % interval {low:.1%} to "
+            f"{high:.1%}, n={found.unsafe}) on {calibration.data} (sha256 {calibration.data_sha256[:12]}), which is "
+            f"below min-filter-recall={floor}: choose its thresholds on your data (`python -m services.safety "
+            "calibrate`), tune it (`python -m services.safety tune`), or lower min-filter-recall",
+            param="min-filter-recall",
+        )
 
 
 def _answered(pair: Pair, response: str) -> Pair:

@@ -23,7 +23,14 @@ from services.contracts.adapters import (
 )
 from services.contracts.chat import ChatChoice, ChatCompletion, ChatMessage, ChatRequest, Usage
 from services.contracts.critique import Critique, CritiqueItem, ReviseRequest, ReviseResponse, Revision
-from services.contracts.verdicts import ClassifierInfo, ClassifyRequest, ClassifyResponse, Outcome, Verdict
+from services.contracts.verdicts import (
+    CalibrationInfo,
+    ClassifierInfo,
+    ClassifyRequest,
+    ClassifyResponse,
+    Outcome,
+    Verdict,
+)
 from tests.fakes.gateway_upstreams import serving
 
 BAD = "xylophonist"
@@ -46,6 +53,7 @@ class FakeServices:
     threshold: float = 0.5
     response_threshold: float = 0.5
     threshold_step: float = 0.0
+    calibration: CalibrationInfo | None = None
     answers_left_out: int = 0
 
     def calls(self, path: str) -> int:
@@ -106,7 +114,12 @@ def build_app(state: FakeServices) -> FastAPI:
         may_fail("/v1/model")
         measured = {"response_threshold": state.response_threshold}
         return ClassifierInfo(
-            model_id="fake-filter", tier="fake", sha256="f" * 64, threshold=state.threshold, measured=measured
+            model_id="fake-filter",
+            tier="fake",
+            sha256="f" * 64,
+            threshold=state.threshold,
+            calibration=state.calibration,
+            measured=measured,
         )
 
     @app.post("/v1/classify")

@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from services.common.http import ServiceClient
 from services.contracts.errors import ConfigError, UpstreamUnavailable
+from services.contracts.verdicts import Accuracy, CalibrationInfo
 from tests.fakes.gateway_upstreams import closed_port
 from tests.fakes.trainer_services import BAD, EMPTY, STUBBORN, UNSCORABLE, FakeServices, trainer_services
 from trainer.curation import REFUSALS, CurationReport, Mode, curate, curate_once, refusal_for
@@ -114,25 +116,25 @@ def test_unreachable_service_ends_curation_after_its_retries() -> None:
 def test_result_is_taken_from_disk_until_something_it_depends_on_changes(
     services: FakeServices, safety: ServiceClient, critique: ServiceClient, tmp_path: Path
 ) -> None:
-    first = curate_once(tmp_path, SHARD, "drop", safety, None)
+    first = curate_once(tmp_path, SHARD, "drop", safety, None, min_filter_recall=0.5)
     assert (first.filter_model_id, first.filter_model_sha256) == ("fake-filter", "f" * 64)
-    assert curate_once(tmp_path, SHARD, "drop", safety, None) == first
+    assert curate_once(tmp_path, SHARD, "drop", safety, None, min_filter_recall=0.5) == first
     assert services.calls("/v1/classify") == 1
-    curate_once(tmp_path, SHARD[:-1], "drop", safety, None)
-    curate_once(tmp_path, SHARD, "replace", safety, None)
+    curate_once(tmp_path, SHARD[:-1], "drop", safety, None, min_filter_recall=0.5)
+    curate_once(tmp_path, SHARD, "replace", safety, None, min_filter_recall=0.5)
     services.threshold = 0.9
-    curate_once(tmp_path, SHARD, "drop", safety, None)
+    curate_once(tmp_path, SHARD, "drop", safety, None, min_filter_recall=0.5)
     services.response_threshold = 0.9
-    curate_once(tmp_path, SHARD, "drop", safety, None)
+    curate_once(tmp_path, SHARD, "drop", safety, None, min_filter_recall=0.5)
     assert services.calls("/v1/classify") == 5
     assert len(list(tmp_path.iterdir())) == 5
 
 
 def test_damaged_result_on_disk_is_made_again(services: FakeServices, safety: ServiceClient, tmp_path: Path) -> None:
-    first = curate_once(tmp_path, SHARD, "drop", safety, None)
+    first = curate_once(tmp_path, SHARD, "drop", safety, None, min_filter_recall=0.5)
     (stored,) = tmp_path.iterdir()
     stored.write_text(stored.read_text()[:50])
-    assert curate_once(tmp_path, SHARD, "drop", safety, None) == first
+    assert curate_once(tmp_path, SHARD, "drop", safety, None, min_filter_recall=0.5) == first
     assert services.calls("/v1/classify") == 2
 
 
@@ -150,20 +152,20 @@ def test_classifier_that_is_exchanged_meanwhile_ends_curation(
 ) -> None:
     services.threshold_step = 0.1
     with pytest.raises(UpstreamUnavailable, match="the classifier was changed while the shard was being curated"):
-        curate_once(tmp_path, SHARD, "drop", safety, None)
+        curate_once(tmp_path, SHARD, "drop", safety, None, min_filter_recall=0.5)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_unwritable_folder_is_named(safety: ServiceClient, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot write to .*file/0"):
-        curate_once(tmp_path / "file" / "0", SHARD, "drop", safety, None)
+        curate_once(tmp_path / "file" / "0", SHARD, "drop", safety, None, min_filter_recall=0.5)
 
 
 def test_nothing_is_stored_when_curation_fails(services: FakeServices, safety: ServiceClient, tmp_path: Path) -> None:
     services.fail_paths["/v1/classify"] = 503
     with pytest.raises(UpstreamUnavailable):
-        curate_once(tmp_path, SHARD, "drop", safety, None)
+        curate_once(tmp_path, SHARD, "drop", safety, None, min_filter_recall=0.5)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -174,3 +176,68 @@ def test_reports_add_up() -> None:
     )  # fmt: skip
     assert CurationReport().precision is None
     assert CurationReport().recall is None
+
+
+POOR = Accuracy(unsafe=200, safe=100, recall=0.085, recall_interval=(0.054, 0.132))
+GOOD = Accuracy(unsafe=200, safe=100, recall=0.905, recall_interval=(0.856, 0.938))
+
+
+def calibrated(prompt: Accuracy | None, response: Accuracy | None) -> CalibrationInfo:
+    return CalibrationInfo(data="own.jsonl", data_sha256="d" * 64, rows=300, prompt=prompt, response=response)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "kind"),
+    [(GOOD, POOR, "responses"), (POOR, None, "prompts"), (POOR, Accuracy(unsafe=0, safe=9), "prompts")],
+)
+def test_filter_that_finds_too_little_is_refused_with_its_figures_and_what_to_do(
+    services: FakeServices,
+    safety: ServiceClient,
+    tmp_path: Path,
+    prompt: Accuracy | None,
+    response: Accuracy | None,
+    kind: str,
+) -> None:
+    services.calibration = calibrated(prompt, response)
+    with pytest.raises(ConfigError) as caught:
+        curate_once(tmp_path, SHARD, "drop", safety, None, min_filter_recall=0.5)
+    assert caught.value.message == (
+        f"the filter fake-filter finds 8.5% of unsafe {kind} (95 % interval 5.4% to 13.2%, n=200) on own.jsonl "
+        "(sha256 dddddddddddd), which is below min-filter-recall=0.5: choose its thresholds on your data "
+        "(`python -m services.safety calibrate`), tune it (`python -m services.safety tune`), "
+        "or lower min-filter-recall"
+    )
+    assert services.calls("/v1/classify") == 0
+    assert list(tmp_path.iterdir()) == []
+    assert curate_once(tmp_path, SHARD, "drop", safety, None, min_filter_recall=0.08).report.total == len(SHARD)
+
+
+def test_filter_whose_calibration_got_worse_is_refused_although_the_shard_is_already_curated(
+    services: FakeServices, safety: ServiceClient, tmp_path: Path
+) -> None:
+    services.calibration = calibrated(None, POOR)
+    curate_once(tmp_path, SHARD, "drop", safety, None, min_filter_recall=0.0)
+    with pytest.raises(ConfigError, match="min-filter-recall"):
+        curate_once(tmp_path, SHARD, "drop", safety, None, min_filter_recall=0.5)
+
+
+def test_filter_that_finds_enough_responses_curates_without_a_word(
+    services: FakeServices, safety: ServiceClient, tmp_path: Path
+) -> None:
+    services.calibration = calibrated(POOR, GOOD)
+    with capture_logs() as logs:
+        curate_once(tmp_path, SHARD, "drop", safety, None, min_filter_recall=0.905)
+    assert logs == []
+
+
+@pytest.mark.parametrize(
+    "calibration", [None, calibrated(None, None), calibrated(None, Accuracy(unsafe=0, safe=9))], ids=str
+)
+def test_filter_that_nobody_measured_is_warned_of_and_used(
+    services: FakeServices, safety: ServiceClient, tmp_path: Path, calibration: CalibrationInfo | None
+) -> None:
+    services.calibration = calibration
+    with capture_logs() as logs:
+        assert curate_once(tmp_path, SHARD, "drop", safety, None, min_filter_recall=0.5).report.total == len(SHARD)
+    assert [(log["log_level"], log["model_id"]) for log in logs] == [("warning", "fake-filter")]
+    assert "NOTHING IS KNOWN OF THE FILTER'S RECALL" in logs[0]["event"]

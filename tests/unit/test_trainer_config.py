@@ -32,6 +32,7 @@ def test_defaults_with_data_are_valid() -> None:
     config = make_config(**DATA)
     assert config.arm is Arm.FILTER_CAI
     assert config.base_model is None
+    assert config.min_filter_recall == 0.5
 
 
 def test_unknown_key_is_refused_by_name_with_the_nearest_known_one() -> None:
@@ -45,6 +46,7 @@ def test_unknown_key_is_refused_by_name_with_the_nearest_known_one() -> None:
         ({"harmful_share": 1.5}, "harmful-share: Input should be less than or equal to 1"),
         ({"arm": "both"}, "arm: Input should be 'none', 'filter', 'cai' or 'filter\\+cai'"),
         ({"rounds": "many"}, "rounds: Input should be a valid integer"),
+        ({"min_filter_recall": 1.5}, "min-filter-recall: Input should be less than or equal to 1"),
         ({"learning_rate": float("inf")}, "learning-rate: Input should be a finite number"),
         ({"min_clients": 9}, r"min-clients \(9\) <= clients-per-round \(8\) <= num-clients \(8\)"),
         ({"clients_per_round": 9}, "<= num-clients"),
@@ -96,7 +98,8 @@ def test_coordinator_cannot_send_a_silos_own_data_anywhere() -> None:
 
 def test_identity_leaves_out_what_may_change_when_a_run_is_continued() -> None:
     one = make_config(**DATA)
-    other = make_config(**(DATA | {"rounds": 9, "run_dir": "elsewhere", "safety_url": "http://moved:1"}))
+    moved: dict[str, RunValue] = {"rounds": 9, "run_dir": "elsewhere", "safety_url": "http://moved:1"}
+    other = make_config(**(DATA | moved | {"min_filter_recall": 0.1}))
     assert one.identity() == other.identity()
     assert one.identity() != make_config(**(DATA | {"seed": 1})).identity()
 
