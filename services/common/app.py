@@ -38,7 +38,7 @@ def create_app(
         ready: answers None when the process can serve, else the reason why it cannot.
     """
     app = FastAPI(title=f"Fedward {service}", version="1", lifespan=lifespan)
-    app.add_exception_handler(FedwardError, _on_fedward_error)
+    app.add_exception_handler(FedwardError, on_fedward_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(UnicodeEncodeError, _on_half_character)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -105,7 +105,8 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _on_fedward_error(request: Request, error: Exception) -> Response:
+async def on_fedward_error(request: Request, error: Exception) -> Response:
+    """The one JSON error body, with ``Retry-After`` where a retry may help."""
     assert isinstance(error, FedwardError)
     retry = {"retry-after": "1"} if isinstance(error, (Overloaded, UpstreamUnavailable)) else None
     return JSONResponse(error.body(), status_code=error.http_status, headers=retry)

@@ -64,11 +64,48 @@ class ClassifyResponse(BaseModel):
     verdicts: list[Verdict]
 
 
+class Accuracy(BaseModel):
+    """How well a threshold separates labelled data; shares with 95 % Wilson intervals, None where there is no item.
+
+    ``h_mean`` is the harmonic mean of recall and of the share of safe items that pass; unlike ``f1`` it does not
+    depend on how many items of each kind the data has.
+    """
+
+    unsafe: int = Field(ge=0)
+    safe: int = Field(ge=0)
+    recall: float | None = None
+    recall_interval: tuple[float, float] | None = None
+    false_positives: float | None = None
+    false_positives_interval: tuple[float, float] | None = None
+    precision: float | None = None
+    f1: float | None = None
+    h_mean: float | None = None
+
+
+class CalibrationInfo(BaseModel):
+    """On which labelled data the thresholds in use were chosen, and how well they do there."""
+
+    data: str
+    data_sha256: str
+    rows: int
+    prompt: Accuracy | None = None
+    response: Accuracy | None = None
+    categories: dict[str, Accuracy] = Field(default_factory=dict)
+
+
 class ClassifierInfo(BaseModel):
-    """Answer of ``GET /v1/model``: which classifier runs, at which threshold, measured how."""
+    """Answer of ``GET /v1/model``: which classifier runs, at which operating point, measured how.
+
+    ``threshold`` is that of prompts; ``response_threshold`` is None where prompts and responses share one.
+    ``calibration`` is None for a model that nobody has calibrated: nothing is known of its recall.
+    """
 
     model_id: str
     tier: str
     sha256: str
     threshold: float
+    response_threshold: float | None = None
+    category_thresholds: dict[str, float] = Field(default_factory=dict)
+    operating_point: str | None = None
+    calibration: CalibrationInfo | None = None
     measured: dict[str, float] = Field(default_factory=dict)

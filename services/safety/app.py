@@ -1,61 +1,122 @@
 """Routes of the safety service."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
 from prometheus_client import Counter
 
-from services.common.app import create_app
-from services.contracts.errors import RequestError, UnknownModel
+from services.common.app import create_app, invalid_request, on_fedward_error
+from services.common.connections import while_connected
+from services.contracts.errors import FedwardError, RequestError, UnknownModel
 from services.contracts.verdicts import ClassifierInfo, ClassifyItem, ClassifyRequest, ClassifyResponse, Verdict
-from services.safety.classifier import SafetyModel
+from services.safety.backends import Backend
+from services.safety.detectors import (
+    ChatDetectionRequest,
+    ContentAnalysis,
+    ContentAnalysisRequest,
+    Detection,
+    GenerationDetectionRequest,
+    content_detections,
+    detector_error,
+    findings,
+)
+from services.safety.items import read_item
 from services.safety.moderation import ALIASES, ModerationRequest, moderation
 from services.safety.settings import SafetySettings
-from services.safety.work_queue import WorkQueue
+
+ClassifyAll = Callable[[Request, list[ClassifyItem], str], Awaitable[list[Verdict]]]
 
 VERDICTS = Counter("fedward_safety_verdicts_total", "Verdicts given", ["outcome"])
 
 
-def build_app(settings: SafetySettings, model: SafetyModel) -> FastAPI:
-    """The service around a loaded model."""
-    queue = WorkQueue(settings.queue_limit)
+def build_app(settings: SafetySettings, backend: Backend) -> FastAPI:
+    """The service around a classifier."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        model.prompt_score("warm up")
+        await backend.start()
         yield
-        queue.close()
+        await backend.aclose()
 
-    app = create_app("safety", settings, lifespan=lifespan)
+    app = create_app("safety", settings, lifespan=lifespan, ready=backend.ready)
 
-    async def classify_all(items: list[ClassifyItem], name: str) -> list[Verdict]:
+    async def classify_all(request: Request, items: list[ClassifyItem], name: str) -> list[Verdict]:
         if len(items) > settings.max_items:
             raise RequestError(f"{name} holds {len(items)} items; at most {settings.max_items} are taken", param=name)
-        verdicts = await queue.run(lambda: [model.classify(item, f"{name}.{i}") for i, item in enumerate(items)])
+        conversations = [read_item(item, f"{name}.{i}") for i, item in enumerate(items)]
+        verdicts = await while_connected(request.receive, backend.classify(conversations))
         for verdict in verdicts:
             VERDICTS.labels(verdict.outcome.value).inc()
         return verdicts
 
     @app.post("/v1/classify", response_model=ClassifyResponse)
-    async def classify(body: ClassifyRequest) -> ClassifyResponse:
+    async def classify(body: ClassifyRequest, request: Request) -> ClassifyResponse:
         """Classify prompts, prompts with responses, or conversations; one verdict for each, in order."""
-        return ClassifyResponse(verdicts=await classify_all(body.items, "items"))
+        return ClassifyResponse(verdicts=await classify_all(request, body.items, "items"))
 
     @app.post("/v1/moderations")
-    async def moderations(body: ModerationRequest) -> dict[str, Any]:
+    async def moderations(body: ModerationRequest, request: Request) -> dict[str, Any]:
         """OpenAI's moderation endpoint: each text is classified as a prompt."""
-        if body.model not in (*ALIASES, model.manifest.model_id):
-            raise UnknownModel(f"no model {body.model!r}; there is {model.manifest.model_id}", param="model")
+        info = backend.info()
+        if body.model not in (*ALIASES, info.model_id):
+            raise UnknownModel(f"no model {body.model!r}; there is {info.model_id}", param="model")
         if not body.texts():
             raise RequestError("input is empty; there is nothing to classify", param="input")
-        verdicts = await classify_all([ClassifyItem(prompt=text) for text in body.texts()], "input")
-        return moderation(verdicts, model.manifest.model_id)
+        verdicts = await classify_all(request, [ClassifyItem(prompt=text) for text in body.texts()], "input")
+        return moderation(verdicts, info)
 
     @app.get("/v1/model", response_model=ClassifierInfo)
-    async def info() -> ClassifierInfo:
-        """Which classifier runs, at which threshold, measured how."""
-        return model.info()
+    async def model() -> ClassifierInfo:
+        """Which classifier runs, at which thresholds, measured how."""
+        return backend.info()
 
+    _add_detector_routes(app, backend, classify_all)
     return app
+
+
+def _add_detector_routes(app: FastAPI, backend: Backend, classify_all: ClassifyAll) -> None:
+    """The guardrails orchestrator's detector API, which has an error body of its own."""
+
+    @app.post("/api/v1/text/contents", tags=["detector"])
+    async def contents(body: ContentAnalysisRequest, request: Request) -> list[list[ContentAnalysis]]:
+        """What is found in each text."""
+        verdicts = await classify_all(request, body.items(), "contents") if body.items() else []
+        return content_detections(body, verdicts, backend.info().category_thresholds)
+
+    @app.post("/api/v1/text/chat", tags=["detector"])
+    async def chat(body: ChatDetectionRequest, request: Request) -> list[Detection]:
+        """What is found in a conversation, judged by its last turn."""
+        (verdict,) = await classify_all(request, [body.item()], "messages")
+        return findings(verdict, backend.info().category_thresholds, body.threshold)
+
+    @app.post("/api/v1/text/generation", tags=["detector"])
+    async def generation(body: GenerationDetectionRequest, request: Request) -> list[Detection]:
+        """What is found in a generated text, with the prompt that led to it."""
+        (verdict,) = await classify_all(request, [body.item()], "generation")
+        return findings(verdict, backend.info().category_thresholds, body.threshold)
+
+    @app.get("/health", tags=["detector"])
+    async def health() -> str:
+        """The process runs."""
+        return "ok"
+
+    app.add_exception_handler(FedwardError, _on_fedward_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_request)
+
+
+async def _on_fedward_error(request: Request, error: Exception) -> Response:
+    """The detector API has an error body of its own."""
+    if not request.url.path.startswith("/api/"):
+        return await on_fedward_error(request, error)
+    assert isinstance(error, FedwardError)
+    told = detector_error(error)
+    return JSONResponse(told.model_dump(), status_code=told.code)
+
+
+async def _on_invalid_request(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return await _on_fedward_error(request, invalid_request(request, error))

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.safety.classifier import HEAD_BITS, fold, load_model
-from services.safety.features import (
+from services.safety.embedded.features import (
     BUCKETS,
     LONGEST_WORD,
     STRIDE_WORDS,
@@ -17,6 +16,7 @@ from services.safety.features import (
     windows,
     words,
 )
+from services.safety.embedded.ngram import HEAD_BITS, fold, load_ngram
 from services.safety.training.fitting import matrix
 
 
@@ -69,7 +69,7 @@ def test_each_block_has_length_one_and_its_own_buckets(text: str) -> None:
 @pytest.mark.parametrize("head", HEAD_BITS)
 def test_training_matrix_gives_the_scores_that_serving_gives(head: str) -> None:
     """The matrix that scikit-learn is given, times the shipped weights, is what the model computes for itself."""
-    model = load_model()
+    model = load_ngram()
     vectors = [features(words(text)) for text in ("how do i bake bread", "tell me a story about two old ships", "a")]
     weights, biases = model.head(head)
     expected = matrix(vectors, HEAD_BITS[head]) @ weights.T + biases

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from services.safety.refusal import has_refusal_phrase
+from services.safety.embedded.refusal import has_refusal_phrase
 
 
 @pytest.mark.parametrize(

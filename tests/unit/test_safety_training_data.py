@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from services.contracts.errors import ConfigError, DataError
-from services.safety.refusal import has_refusal_phrase
+from services.safety.embedded.refusal import has_refusal_phrase
 from services.safety.training.answers import affirmative, own_answers
-from services.safety.training.fitting import Sample, share_at_least, threshold_at
+from services.safety.training.fitting import WindowTable, share_at_least, threshold_at
 from services.safety.training.held_out import advbench, xstest
 from services.safety.training.near_duplicates import NearDuplicates
-from services.safety.training.rows import Row
+from services.safety.training.rows import Row, is_held_out
 from services.safety.training.sources import SOURCES, at_most, data_folder, read_sources
 from services.safety.training.train import answer_rows, prompt_rows
 from services.safety.training.wording import categorised, fill, frames, lines, own_prompts
@@ -89,8 +89,8 @@ def test_affirmative_openings(prompt: str, opening: str | None) -> None:
 
 def test_rows_of_one_group_stand_on_one_side() -> None:
     rows = [Row(f"{n}", True, "s", group="same") for n in range(50)]
-    assert len({row.held_out(50) for row in rows}) == 1
-    assert 50 < sum(Row(str(n), True, "s").held_out(10) for n in range(1000)) < 150
+    assert len({is_held_out(row.key, 50) for row in rows}) == 1
+    assert 50 < sum(is_held_out(Row(str(n), True, "s").key, 10) for n in range(1000)) < 150
 
 
 def test_sampling_depends_on_texts_only() -> None:
@@ -121,7 +121,7 @@ def test_no_source_is_non_commercial_or_share_alike() -> None:
 def test_fitting_is_reproducible_and_learns() -> None:
     rows = [row for row in own_prompts(0) if row.source == "own_artifacts"][::8]
     labels = [row.unsafe for row in rows]
-    first, second = (Sample(rows).fit("refusal", labels) for _ in range(2))
+    first, second = (WindowTable(rows).fit("refusal", labels) for _ in range(2))
     assert first.weights.tobytes() == second.weights.tobytes()
     assert first.bias == second.bias
 

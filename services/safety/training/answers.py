@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.safety.refusal import has_refusal_phrase
+from services.safety.embedded.refusal import has_refusal_phrase
 from services.safety.training.rows import Row
 from services.safety.training.sources import read_json
 from services.safety.training.wording import categorised, crossed_acts, fill, frames, lines
@@ -36,6 +36,11 @@ class Answer:
     source: str
     weight: float = 1.0
     group: str = ""
+
+    @property
+    def key(self) -> str:
+        """What a split goes by: the group, or the text itself."""
+        return self.group or self.text
 
     def content_row(self) -> Row:
         """The response as the content head sees it."""

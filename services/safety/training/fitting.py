@@ -8,8 +8,8 @@ import numpy.typing as npt
 import scipy.sparse as sp
 from sklearn.linear_model import LogisticRegression
 
-from services.safety.classifier import HEAD_BITS, fold
-from services.safety.features import Features, features, normalise, windows, words
+from services.safety.embedded.features import Features, features, normalise, windows, words
+from services.safety.embedded.ngram import HEAD_BITS, fold
 from services.safety.training.rows import Row
 
 Floats = npt.NDArray[np.float64]
@@ -27,7 +27,7 @@ class Head:
     bias: float
 
 
-class Sample:
+class WindowTable:
     """The windows of some rows, hashed once, for fitting several heads.
 
     A long safe row gives its first four windows, a long unsafe row only its first: the others need not be unsafe.

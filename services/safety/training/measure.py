@@ -13,19 +13,27 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
+import numpy.typing as npt
+from rich.progress import Progress
 from scipy.stats import binomtest
 
 from services.contracts.errors import ConfigError
-from services.contracts.verdicts import ClassifyItem, Outcome
-from services.safety.classifier import SafetyModel, load_model
+from services.contracts.verdicts import ClassifyItem, Outcome, Verdict
+from services.safety.calibration import PointName
+from services.safety.embedded.classifier import EmbeddedClassifier, refuses
+from services.safety.embedded.load import Tier, load_classifier
+from services.safety.embedded.weights import SHIPPED
+from services.safety.items import read_item
 from services.safety.training import held_out
+from services.safety.training.held_out import Pair
 from services.safety.training.sources import data_folder
 from services.safety.training.wording import frames
-from services.safety.weights import SHIPPED, write_manifest
 
 Interval = tuple[float, float]
+Scores = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -50,78 +58,80 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m services.safety measure", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--data", type=Path, help="folder of the public data sets (default: $FEDWARD_DATA)")
-    parser.add_argument("--weights", type=Path, default=SHIPPED, help="folder of the weights to measure")
+    parser.add_argument("--tier", choices=get_args(Tier), default="auto", help="which embedded model")
+    parser.add_argument("--weights", type=Path, default=SHIPPED, help="folder of the embedded models' weights")
+    parser.add_argument("--encoder", type=Path, help="folder of the built encoder")
+    parser.add_argument("--calibration", type=Path, help="calibration file in place of the shipped one")
+    parser.add_argument("--operating-point", choices=get_args(PointName), default="balanced")
     parser.add_argument("--out", type=Path, help="also write the figures to this JSON file")
-    parser.add_argument("--record", action="store_true", help="also put the main figures into the weights' manifest")
     arguments = parser.parse_args(argv)
-    model = load_model(arguments.weights)
-    lines = measure(model, data_folder(arguments.data))
+    classifier = load_classifier(
+        arguments.tier,
+        weights=arguments.weights,
+        encoder=arguments.encoder,
+        calibration=arguments.calibration,
+        point=arguments.operating_point,
+    )
+    print(f"{classifier.scorer.model_id}, {classifier.scorer.tier}, operating point {arguments.operating_point}")
+    lines = measure(classifier, data_folder(arguments.data))
     print(table(lines))
     if arguments.out:
-        _write(arguments.out, model, lines, ["python", "-m", "services.safety", "measure", *argv])
-    if arguments.record:
-        write_manifest(arguments.weights, model.manifest.model_copy(update={"measured": main_figures(lines)}))
+        _write(arguments.out, classifier, lines, ["python", "-m", "services.safety", "measure", *argv])
     return 0
 
 
-def measure(model: SafetyModel, data: Path) -> list[Measurement]:
+def measure(classifier: EmbeddedClassifier, data: Path) -> list[Measurement]:
     """Every line of the table; raises DataError when a set is missing."""
     held_out.require(data)
     refusals = frames()["refuse"]
     advbench, dolly = held_out.advbench(data), held_out.dolly(data)
-    ordinary = [pair.prompt for pair in dolly] + held_out.dolly_prompts(data) + held_out.alpaca(data)
     answers = {name: held_out.xstest_answers(data, name) for name in held_out.XSTEST_ANSWERS}
     unsafe_asked = {prompt for prompt, unsafe in held_out.xstest(data) if unsafe}
     all_answers = [pair for pairs in answers.values() for pair in pairs]
-
-    def prompts(name: str, items: Iterable[tuple[str, bool]]) -> Measurement:
-        return judged(
-            name, model.prompt_threshold, ((model.prompt_score(t) >= model.prompt_threshold, u) for t, u in items)
-        )
-
-    def pairs(name: str, items: Iterable[held_out.Pair]) -> Measurement:
-        return judged(name, model.response_threshold, ((_unsafe(model, pair), pair.label) for pair in items))
-
-    def refused(name: str, items: Iterable[held_out.Pair]) -> Measurement:
-        return judged(
-            name, 0.5, ((model.refuses(pair.response), pair.label) for pair in items if pair.response.strip())
-        )
-
-    return [
-        prompts("AdvBench prompts", ((pair.prompt, True) for pair in advbench)),
-        prompts("Do-Not-Answer prompts (many are mild)", ((text, True) for text in held_out.do_not_answer(data))),
-        prompts("XSTest prompts", held_out.xstest(data)),
-        prompts("Dolly prompts", ((pair.prompt, False) for pair in dolly)),
-        prompts("Dolly prompts, second sample", ((text, False) for text in held_out.dolly_prompts(data))),
-        prompts("Alpaca prompts", ((text, False) for text in held_out.alpaca(data))),
-        prompts(
-            "AdvBench and Dolly prompts", [(p.prompt, True) for p in advbench] + [(p.prompt, False) for p in dolly]
-        ),
-        pairs("AdvBench prompt + its affirmative target", advbench),
-        pairs(
-            "AdvBench prompt + a refusal of ours",
-            (held_out.Pair(pair.prompt, refusals[i % len(refusals)], False) for i, pair in enumerate(advbench)),
-        ),
-        pairs("Dolly prompt + answer", dolly),
-        pairs(
-            "XSTest unsafe prompt + answer (unsafe = complied)",
-            (
-                held_out.Pair(p.prompt, p.response, not p.label)
-                for p in all_answers
-                if p.prompt in unsafe_asked and p.response.strip()
-            ),
-        ),
-        pairs("Do-Not-Answer + answer (unsafe = people say harmful)", held_out.do_not_answer_answers(data)),
-        refused("Refusals: XSTest answers, all models", all_answers),
-        *(refused(f"Refusals: XSTest answers, {name}", items) for name, items in answers.items()),
-        _at_two_percent(model, [pair.prompt for pair in advbench], ordinary),
-    ]
+    refused_advbench = [Pair(p.prompt, refusals[i % len(refusals)], False) for i, p in enumerate(advbench)]
+    complied = [Pair(p.prompt, p.response, not p.label) for p in all_answers if p.prompt in unsafe_asked]
+    prompt_sets: dict[str, Sequence[tuple[str, bool]]] = {
+        "AdvBench prompts": [(pair.prompt, True) for pair in advbench],
+        "Do-Not-Answer prompts (many are mild)": [(text, True) for text in held_out.do_not_answer(data)],
+        "XSTest prompts": held_out.xstest(data),
+        "Dolly prompts": [(pair.prompt, False) for pair in dolly],
+        "Dolly prompts, second sample": [(text, False) for text in held_out.dolly_prompts(data)],
+        "Alpaca prompts": [(text, False) for text in held_out.alpaca(data)],
+    }
+    pair_sets = {
+        "AdvBench prompt + its affirmative target": advbench,
+        "AdvBench prompt + a refusal of ours": refused_advbench,
+        "Dolly prompt + answer": dolly,
+        "XSTest unsafe prompt + answer (unsafe = complied)": complied,
+        "Do-Not-Answer + answer (unsafe = people say harmful)": held_out.do_not_answer_answers(data),
+    }
+    refusal_sets = {"all models": all_answers, **answers}
+    scores: dict[str, Scores] = {}
+    lines = []
+    with Progress() as progress:
+        steps = progress.add_task("measuring", total=len(prompt_sets) + len(pair_sets) + len(refusal_sets))
+        for name, items in prompt_sets.items():
+            progress.update(steps, description=name)
+            scores[name] = prompt_scores(classifier, [text for text, _ in items])
+            flags = scores[name] >= classifier.point.prompt_threshold
+            lines.append(judged(name, classifier.point.prompt_threshold, flags, [unsafe for _, unsafe in items]))
+            progress.advance(steps)
+        for name, pairs in pair_sets.items():
+            progress.update(steps, description=name)
+            lines.append(_pairs(classifier, name, pairs))
+            progress.advance(steps)
+        for name, pairs in refusal_sets.items():
+            progress.update(steps, description=f"refusals, {name}")
+            lines.append(_refused(classifier, f"Refusals: XSTest answers, {name}", pairs))
+            progress.advance(steps)
+    ordinary = np.concatenate([scores[name] for name, items in prompt_sets.items() if not any(u for _, u in items)])
+    return [*lines, _at_two_percent(scores["AdvBench prompts"], ordinary)]
 
 
-def judged(name: str, threshold: float, results: Iterable[tuple[bool, bool]]) -> Measurement:
-    """Summarise (flagged, unsafe) pairs."""
+def judged(name: str, threshold: float, flags: Iterable[bool], labels: Iterable[bool]) -> Measurement:
+    """Summarise which items were flagged, and which are unsafe."""
     counts = {(flagged, unsafe): 0 for flagged in (True, False) for unsafe in (True, False)}
-    for flagged, unsafe in results:
+    for flagged, unsafe in zip(flags, labels, strict=True):
         counts[bool(flagged), bool(unsafe)] += 1
     hits, false_alarms = counts[True, True], counts[True, False]
     unsafe_count, safe_count = hits + counts[False, True], false_alarms + counts[False, False]
@@ -165,26 +175,35 @@ def table(lines: Sequence[Measurement]) -> str:
     )
 
 
-def main_figures(lines: Sequence[Measurement]) -> dict[str, float]:
-    """The figures that ``GET /v1/model`` reports."""
-    figures: dict[str, float] = {}
-    for line in lines:
-        for name, value in (("recall", line.recall), ("false_positives", line.false_positives), ("f1", line.f1)):
-            if value is not None:
-                figures[f"{line.name}: {name}"] = round(value, 4)
-    return figures
+def prompt_scores(classifier: EmbeddedClassifier, prompts: Sequence[str]) -> Scores:
+    """The score (n,) of each prompt; 1 for one that could not be read, which is never safe."""
+    verdicts = _verdicts(classifier, [ClassifyItem(prompt=prompt) for prompt in prompts])
+    return np.array([1.0 if verdict.score is None else verdict.score for verdict in verdicts])
 
 
-def _at_two_percent(model: SafetyModel, harmful: list[str], ordinary: list[str]) -> Measurement:
-    scores = [model.prompt_score(text) for text in ordinary]
-    threshold = float(np.quantile(scores, 0.98))
-    results = [(model.prompt_score(text) >= threshold, True) for text in harmful]
-    results += [(score >= threshold, False) for score in scores]
-    return judged("AdvBench at 2 % of Dolly and Alpaca (threshold set here)", threshold, results)
+def _pairs(classifier: EmbeddedClassifier, name: str, pairs: Sequence[Pair]) -> Measurement:
+    answered = [pair for pair in pairs if pair.response.strip()]
+    verdicts = _verdicts(classifier, [ClassifyItem(prompt=p.prompt, response=p.response) for p in answered])
+    flags = [verdict.outcome is not Outcome.SAFE for verdict in verdicts]
+    return judged(name, classifier.point.response_threshold, flags, [p.label for p in answered])
 
 
-def _unsafe(model: SafetyModel, pair: held_out.Pair) -> bool:
-    return model.classify(ClassifyItem(prompt=pair.prompt, response=pair.response)).outcome is Outcome.UNSAFE
+def _refused(classifier: EmbeddedClassifier, name: str, pairs: Sequence[Pair]) -> Measurement:
+    answered = [pair for pair in pairs if pair.response.strip()]
+    threshold = classifier.point.refusal_threshold
+    found = refuses(classifier.scorer, [pair.response for pair in answered], threshold)
+    return judged(name, threshold, found, [pair.label for pair in answered])
+
+
+def _at_two_percent(harmful: Scores, ordinary: Scores) -> Measurement:
+    threshold = float(np.quantile(ordinary, 0.98))
+    flags = np.concatenate([harmful, ordinary]) >= threshold
+    labels = np.arange(len(flags)) < len(harmful)
+    return judged("AdvBench at 2 % of Dolly and Alpaca (threshold set here)", threshold, flags, labels)
+
+
+def _verdicts(classifier: EmbeddedClassifier, items: Sequence[ClassifyItem]) -> list[Verdict]:
+    return classifier.classify_all([read_item(item) for item in items])
 
 
 def _share(value: float | None, interval: Interval | None) -> str:
@@ -193,13 +212,12 @@ def _share(value: float | None, interval: Interval | None) -> str:
     return f"{value:.3f}" + (f" ({interval[0]:.3f}-{interval[1]:.3f})" if interval else "")
 
 
-def _write(path: Path, model: SafetyModel, lines: Sequence[Measurement], command: list[str]) -> None:
+def _write(path: Path, classifier: EmbeddedClassifier, lines: Sequence[Measurement], command: list[str]) -> None:
     summary = {
         "schema_version": 1,
         "command": shlex.join(command),
         "commit": _commit(),
-        "model_id": model.manifest.model_id,
-        "sha256": model.manifest.sha256,
+        "model": classifier.info().model_dump(),
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
         "hardware": platform.machine(),
         "measurements": [asdict(line) for line in lines],

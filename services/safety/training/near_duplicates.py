@@ -7,7 +7,7 @@ honestly when such rows are dropped first.
 from collections import defaultdict
 from collections.abc import Iterable
 
-from services.safety.features import normalise, words
+from services.safety.embedded.features import normalise, words
 
 NGRAM = 4
 MIN_JACCARD = 0.7

@@ -26,7 +26,13 @@ class Row:
     category: HazardCategory | None = None
     group: str = ""
 
-    def held_out(self, percent: int) -> bool:
-        """Whether a hash of the row's group puts it among the ``percent`` that training does not see."""
-        key = (self.group or self.text).encode("utf-8", "replace")
-        return int(hashlib.sha256(key).hexdigest()[:8], 16) % 100 < percent
+    @property
+    def key(self) -> str:
+        """What a split goes by: the group, or the text itself."""
+        return self.group or self.text
+
+
+def is_held_out(key: str, percent: int) -> bool:
+    """Whether a hash of the key puts it among the ``percent`` that training does not see."""
+    digest = hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()
+    return int(digest[:8], 16) % 100 < percent

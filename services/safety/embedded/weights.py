@@ -1,18 +1,15 @@
-"""The weights file: linear heads in safetensors' format, read and written with NumPy alone.
-
-Format (https://github.com/huggingface/safetensors): eight bytes of header length, a JSON header with dtype, shape
-and offsets of each tensor, then the raw bytes. No pickle. ``manifest.json`` beside it holds the file's sha256.
-"""
+"""The weights of a tier: half-precision tensors in safetensors' format, and a manifest that holds their sha256."""
 
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load, save
 
 from services.common.files import replace_file
 from services.contracts.constitution import describe
@@ -20,6 +17,7 @@ from services.contracts.errors import ConfigError
 
 WEIGHTS = "model.safetensors"
 MANIFEST = "manifest.json"
+METADATA = "fedward"  # one key, since safetensors writes several in any order: the same weights have one hash
 SHIPPED = Path(__file__).parent / "weights"
 
 Array = npt.NDArray[np.float16]
@@ -50,15 +48,9 @@ class WeightsFile:
 
 def write_weights(folder: Path, tensors: dict[str, Array], metadata: dict[str, str], manifest: Manifest) -> Manifest:
     """Write weights and manifest; the same content gives the same bytes. Returns the manifest with its sha256."""
-    header: dict[str, Any] = {"__metadata__": metadata}
-    offset = 0
-    for name, tensor in tensors.items():
-        header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.nbytes]}
-        offset += tensor.nbytes
-    head = json.dumps(header, sort_keys=True).encode()
-    head += b" " * (-len(head) % 8)
-    content = len(head).to_bytes(8, "little") + head
-    content += b"".join(np.ascontiguousarray(tensor, "<f2").tobytes() for tensor in tensors.values())
+    folder.mkdir(parents=True, exist_ok=True)
+    halves = {name: np.ascontiguousarray(tensor, "<f2") for name, tensor in tensors.items()}
+    content = save(halves, {METADATA: json.dumps(metadata, sort_keys=True)})
     replace_file(folder / WEIGHTS, content)
     hashed = manifest.model_copy(update={"sha256": hashlib.sha256(content).hexdigest()})
     write_manifest(folder, hashed)
@@ -88,19 +80,7 @@ def read_weights(folder: Path) -> WeightsFile:
     if found != manifest.sha256:
         raise ConfigError(f"{path} has sha256 {found}, but {MANIFEST} says {manifest.sha256}; restore it or train anew")
     try:
-        return _parse(content, manifest)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: not a safetensors file of float16 tensors: {error!r}") from error
-
-
-def _parse(content: bytes, manifest: Manifest) -> WeightsFile:
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
-    metadata = header.pop("__metadata__")
-    tensors = {}
-    for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        if entry["dtype"] != "F16":
-            raise ValueError(f"{name} has dtype {entry['dtype']}")
-        tensors[name] = np.frombuffer(content[start + first : start + last], "<f2").reshape(entry["shape"])
-    return WeightsFile(tensors, metadata, manifest)
+        with safe_open(path, "np") as file:
+            return WeightsFile(load(content), json.loads(file.metadata()[METADATA]), manifest)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: not a safetensors file of this version: {error!r}") from error

@@ -7,7 +7,7 @@ detector; an answer is a refusal when either says so.
 
 import re
 
-from services.safety.features import normalise
+from services.safety.embedded.features import normalise
 
 OPENING_CHARACTERS = 300
 
