@@ -14,7 +14,6 @@ from typing import Literal, get_args
 
 import numpy as np
 import onnx
-from onnxruntime.quantization import matmul_nbits_quantizer
 from safetensors.numpy import load_file
 
 from services.common.files import replace_file
@@ -128,7 +127,10 @@ def quantised(graph: onnx.ModelProto) -> onnx.ModelProto:
     Each row is quantised by itself, so a text's scores do not depend on which texts share its batch, as they would
     with ONNX Runtime's dynamic quantisation, which is faster still.
     """
-    logging.getLogger(matmul_nbits_quantizer.__name__).setLevel(logging.WARNING)  # it tells of every node
+    # The module sets up the root logger at import, unless that has a handler, and tells of every node.
+    logging.getLogger().addHandler(logging.NullHandler())
+    from onnxruntime.quantization import matmul_nbits_quantizer
+
     quantizer = matmul_nbits_quantizer.MatMulNBitsQuantizer(
         graph, bits=8, block_size=128, is_symmetric=True, accuracy_level=4
     )
