@@ -108,4 +108,3 @@ class ClassifierInfo(BaseModel):
     category_thresholds: dict[str, float] = Field(default_factory=dict)
     operating_point: str | None = None
     calibration: CalibrationInfo | None = None
-    measured: dict[str, float] = Field(default_factory=dict)

@@ -5,7 +5,7 @@ from services.safety.backends import Backend, Band, Cascade, EmbeddedBackend, Gu
 from services.safety.calibration import read_calibration
 from services.safety.embedded.classifier import EmbeddedClassifier
 from services.safety.embedded.load import load_classifier
-from services.safety.guard.base import DEFAULT_THRESHOLDS, Guard, Thresholds
+from services.safety.guard.base import Guard, Thresholds
 from services.safety.guard.families import load_family
 from services.safety.guard.http import GuardServer, HttpGuard
 from services.safety.settings import SafetySettings
@@ -45,7 +45,7 @@ def _limits(settings: SafetySettings) -> Limits:
 def guard_backend(settings: SafetySettings) -> GuardBackend:
     """The guard model at the thresholds of its calibration, or at its own where it has none."""
     path = settings.calibration if settings.backend == "guard" else settings.guard_calibration
-    guard = _make_guard(settings, DEFAULT_THRESHOLDS)
+    guard = _make_guard(settings)
     if path is None:
         return GuardBackend(guard, None, settings.operating_point, _limits(settings))
     calibration = read_calibration(path, guard.model_id, guard.identity)
@@ -54,7 +54,7 @@ def guard_backend(settings: SafetySettings) -> GuardBackend:
     return GuardBackend(guard, calibration, settings.operating_point, _limits(settings))
 
 
-def _make_guard(settings: SafetySettings, thresholds: Thresholds) -> Guard:
+def _make_guard(settings: SafetySettings) -> Guard:
     assert settings.guard_family
     assert settings.guard_model
     family = load_family(settings.guard_family, settings.guard_template)
@@ -66,7 +66,7 @@ def _make_guard(settings: SafetySettings, thresholds: Thresholds) -> Guard:
             timeout_seconds=settings.guard_timeout_seconds,
             concurrency=settings.guard_concurrency,
         )
-        return HttpGuard(family, server, thresholds)
+        return HttpGuard(family, server)
     try:
         from services.safety.guard.local import LocalGuard
     except ImportError as error:
@@ -74,4 +74,4 @@ def _make_guard(settings: SafetySettings, thresholds: Thresholds) -> Guard:
             f"a guard model in this process needs torch and transformers ({error.name} is missing): "
             "pip install 'fedward[models]', or give --guard-url"
         ) from error
-    return LocalGuard(family, settings.guard_model, thresholds, device=settings.guard_device)
+    return LocalGuard(family, settings.guard_model, device=settings.guard_device)

@@ -15,7 +15,7 @@ from evaluation.run_folder import RoundCost
 from evaluation.scoring import Sample, score
 from services.contracts.verdicts import ClassifierInfo, Outcome, Verdict
 
-JUDGE = ClassifierInfo(model_id="fake-judge", tier="test", sha256="1" * 64, threshold=0.5, measured={"recall": 0.9})
+JUDGE = ClassifierInfo(model_id="fake-judge", tier="test", sha256="1" * 64, threshold=0.5)
 SETS = (
     PromptSet("advbench", True, "synthetic", tuple(f"Harmful topic number {i} please" for i in range(200))),
     PromptSet("benign_out_of_source", False, "synthetic", tuple(f"Ordinary garden question {i}" for i in range(150))),

@@ -112,14 +112,13 @@ def build_app(state: FakeServices) -> FastAPI:
     @app.get("/v1/model")
     async def model() -> ClassifierInfo:
         may_fail("/v1/model")
-        measured = {"response_threshold": state.response_threshold}
         return ClassifierInfo(
             model_id="fake-filter",
             tier="fake",
             sha256="f" * 64,
             threshold=state.threshold,
             calibration=state.calibration,
-            measured=measured,
+            response_threshold=state.response_threshold,
         )
 
     @app.post("/v1/classify")

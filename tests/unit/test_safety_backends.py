@@ -31,7 +31,7 @@ from services.safety.guard.http import GuardServer, HttpGuard
 from services.safety.items import Conversation
 from services.safety.settings import SafetySettings
 from tests.fakes.gateway_upstreams import serving
-from tests.fakes.guard_server import REFUSAL, FakeGuard, serving_guard
+from tests.fakes.guard_server import REFUSAL, FakeGuard
 
 T = TypeVar("T")
 PATIENCE = 20.0
@@ -58,18 +58,6 @@ def run(test: Callable[[], Awaitable[T]]) -> T:
 @pytest.fixture(scope="module")
 def classifier() -> EmbeddedClassifier:
     return load_classifier("ngram")
-
-
-@pytest.fixture(scope="module")
-def _running() -> Iterator[FakeGuard]:
-    with serving_guard() as guard:
-        yield guard
-
-
-@pytest.fixture
-def server(_running: FakeGuard) -> FakeGuard:
-    _running.reset()
-    return _running
 
 
 class Gated:
@@ -253,14 +241,14 @@ def test_close_finishes_what_is_at_work_and_leaves_no_thread(gated: EmbeddedClas
     assert set(threading.enumerate()) <= before
 
 
-def guard_of(server: FakeGuard, thresholds: Thresholds = Thresholds(0.5, 0.5), **values: Any) -> HttpGuard:  # noqa: B008
-    settings = GuardServer(url=HttpUrl(server.url), model="guard-1", timeout_seconds=0.3, **values)
-    return HttpGuard(FAMILIES[server.family], settings, thresholds)
+def guard_of(guard_server: FakeGuard, thresholds: Thresholds = Thresholds(0.5, 0.5), **values: Any) -> HttpGuard:  # noqa: B008
+    settings = GuardServer(url=HttpUrl(guard_server.url), model="guard-1", timeout_seconds=0.3, **values)
+    return HttpGuard(FAMILIES[guard_server.family], settings, thresholds)
 
 
 @asynccontextmanager
-async def guarded(server: FakeGuard, **limits: Any) -> AsyncIterator[GuardBackend]:
-    backend = GuardBackend(guard_of(server), None, "balanced", Limits(**limits))
+async def guarded(guard_server: FakeGuard, **limits: Any) -> AsyncIterator[GuardBackend]:
+    backend = GuardBackend(guard_of(guard_server), None, "balanced", Limits(**limits))
     try:
         yield backend
     finally:
@@ -275,41 +263,41 @@ def classify(backend: AbstractAsyncContextManager[Backend], *conversations: Conv
     return run(test)
 
 
-def test_guard_answers_every_conversation_in_order(server: FakeGuard) -> None:
+def test_guard_answers_every_conversation_in_order(guard_server: FakeGuard) -> None:
     conversations = [chat("paint it violet"), chat("white"), chat("violet", REFUSAL), chat("white", "coral")]
-    verdicts = classify(guarded(server), *conversations)
+    verdicts = classify(guarded(guard_server), *conversations)
     assert [verdict.outcome for verdict in verdicts] == ["unsafe", "safe", "safe", "unsafe"]
     assert {verdict.model_id for verdict in verdicts} == {"guard-1"}
 
 
 @pytest.mark.parametrize("fault", ["500", "nonsense", "hang", "truncated"])
-def test_guard_that_gives_no_answer_leaves_every_item_unscored(server: FakeGuard, fault: str) -> None:
-    server.faults = [fault]
-    verdicts = classify(guarded(server), chat("white"), chat("violet"))
+def test_guard_that_gives_no_answer_leaves_every_item_unscored(guard_server: FakeGuard, fault: str) -> None:
+    guard_server.faults = [fault]
+    verdicts = classify(guarded(guard_server), chat("white"), chat("violet"))
     assert [(verdict.outcome, verdict.score) for verdict in verdicts] == [("unscored", None)] * 2
     assert all(verdict.reason for verdict in verdicts)
 
 
-def test_guard_takes_a_bounded_number_of_requests_and_a_bounded_time_for_each(server: FakeGuard) -> None:
-    server.faults = ["hang"]
+def test_guard_takes_a_bounded_number_of_requests_and_a_bounded_time_for_each(guard_server: FakeGuard) -> None:
+    guard_server.faults = ["hang"]
 
     async def test() -> None:
-        async with guarded(server, requests=1, deadline_seconds=0.1) as backend:
+        async with guarded(guard_server, requests=1, deadline_seconds=0.1) as backend:
             first = asyncio.create_task(backend.classify([chat("white")]))
             await asyncio.sleep(0)
             with pytest.raises(Overloaded, match="1 requests are under way"):
                 await backend.classify([chat("white")])
             with pytest.raises(Overloaded, match=r"no verdict within 0\.1 seconds"):
                 await first
-            server.faults = []
+            guard_server.faults = []
             assert (await backend.classify([chat("white")]))[0].outcome is Outcome.SAFE
 
     run(test)
 
 
-def test_guard_without_a_calibration_says_so(server: FakeGuard) -> None:
+def test_guard_without_a_calibration_says_so(guard_server: FakeGuard) -> None:
     async def test() -> None:
-        async with guarded(server) as backend:
+        async with guarded(guard_server) as backend:
             info = backend.info()
             assert (info.model_id, info.threshold, info.response_threshold) == ("guard-1", 0.5, 0.5)
             assert (info.calibration, info.operating_point) == (None, None)
@@ -318,8 +306,13 @@ def test_guard_without_a_calibration_says_so(server: FakeGuard) -> None:
     run(test)
 
 
-def guard_settings(server: FakeGuard, **values: Any) -> SafetySettings:
-    given = {"guard_family": server.family, "guard_model": "guard-1", "guard_url": server.url, "backend": "guard"}
+def guard_settings(guard_server: FakeGuard, **values: Any) -> SafetySettings:
+    given = {
+        "guard_family": guard_server.family,
+        "guard_model": "guard-1",
+        "guard_url": guard_server.url,
+        "backend": "guard",
+    }
     return SafetySettings(**{**given, **values})
 
 
@@ -338,11 +331,11 @@ def write_guard_calibration(path: Path, identity: str) -> Path:
     return path
 
 
-def test_calibrated_guard_runs_at_its_thresholds(server: FakeGuard, tmp_path: Path) -> None:
-    path = write_guard_calibration(tmp_path / "guard.json", guard_of(server).identity)
+def test_calibrated_guard_runs_at_its_thresholds(guard_server: FakeGuard, tmp_path: Path) -> None:
+    path = write_guard_calibration(tmp_path / "guard.json", guard_of(guard_server).identity)
 
     async def test() -> list[Verdict]:
-        backend = build_backend(guard_settings(server, calibration=path))
+        backend = build_backend(guard_settings(guard_server, calibration=path))
         try:
             info = backend.info()
             assert (info.threshold, info.response_threshold, info.operating_point) == (0.95, 0.8, "balanced")
@@ -354,19 +347,19 @@ def test_calibrated_guard_runs_at_its_thresholds(server: FakeGuard, tmp_path: Pa
     assert [verdict.outcome for verdict in run(test)] == ["safe", "unsafe"]
 
 
-def test_calibration_of_another_guard_is_refused(server: FakeGuard, tmp_path: Path) -> None:
-    path = write_guard_calibration(tmp_path / "guard.json", guard_of(server).identity)
+def test_calibration_of_another_guard_is_refused(guard_server: FakeGuard, tmp_path: Path) -> None:
+    path = write_guard_calibration(tmp_path / "guard.json", guard_of(guard_server).identity)
     for other in ({"guard_model": "guard-2"}, {"guard_family": "qwen3guard"}):
         with pytest.raises(ConfigError, match=r"guard\.json is the calibration of guard-1 with sha256"):
-            build_backend(guard_settings(server, calibration=path, **other))
+            build_backend(guard_settings(guard_server, calibration=path, **other))
 
 
 @asynccontextmanager
 async def cascading(
-    classifier: EmbeddedClassifier, server: FakeGuard, low: float = 0.1, high: float = 0.9, **values: Any
+    classifier: EmbeddedClassifier, guard_server: FakeGuard, low: float = 0.1, high: float = 0.9, **values: Any
 ) -> AsyncIterator[Cascade]:
     first = EmbeddedBackend(classifier, Limits())
-    backend = Cascade(first, GuardBackend(guard_of(server, **values), None, "balanced"), Band(low, high))
+    backend = Cascade(first, GuardBackend(guard_of(guard_server, **values), None, "balanced"), Band(low, high))
     await backend.start()
     try:
         yield backend
@@ -378,15 +371,15 @@ def scores(classifier: EmbeddedClassifier, *conversations: Conversation) -> list
     return [verdict.score or 0.0 for verdict in classifier.classify_all(conversations)]
 
 
-def test_cascade_asks_the_guard_about_the_band_only(classifier: EmbeddedClassifier, server: FakeGuard) -> None:
+def test_cascade_asks_the_guard_about_the_band_only(classifier: EmbeddedClassifier, guard_server: FakeGuard) -> None:
     texts = [f"{text} violet" for text in (HARMFUL, HARMLESS, "How do I kill a Python process?")]
     conversations = [chat(text) for text in texts]
     alone = classifier.classify_all(conversations)
     order = sorted(range(3), key=lambda number: alone[number].score or 0.0)
     low, middle, high = (alone[number].score or 0.0 for number in order)
     assert low < middle < high
-    verdicts = classify(cascading(classifier, server, (low + middle) / 2, (middle + high) / 2), *conversations)
-    assert [body["messages"][-1]["content"] for body in server.bodies] == [texts[order[1]]]
+    verdicts = classify(cascading(classifier, guard_server, (low + middle) / 2, (middle + high) / 2), *conversations)
+    assert [body["messages"][-1]["content"] for body in guard_server.bodies] == [texts[order[1]]]
     for number in (order[0], order[2]):
         assert verdicts[number] == alone[number]
     decided = verdicts[order[1]]
@@ -395,59 +388,63 @@ def test_cascade_asks_the_guard_about_the_band_only(classifier: EmbeddedClassifi
 
 
 def test_lower_edge_of_the_band_belongs_to_it_and_the_upper_does_not(
-    classifier: EmbeddedClassifier, server: FakeGuard
+    classifier: EmbeddedClassifier, guard_server: FakeGuard
 ) -> None:
     (score,) = scores(classifier, chat(HARMLESS))
     above = float(np.nextafter(score, 1.0))
-    assert classify(cascading(classifier, server, score, above), chat(HARMLESS))[0].model_id == "guard-1"
-    assert classify(cascading(classifier, server, 0.0, score), chat(HARMLESS))[0].model_id != "guard-1"
+    assert classify(cascading(classifier, guard_server, score, above), chat(HARMLESS))[0].model_id == "guard-1"
+    assert classify(cascading(classifier, guard_server, 0.0, score), chat(HARMLESS))[0].model_id != "guard-1"
 
 
-def test_guard_is_not_asked_when_every_case_is_clear(classifier: EmbeddedClassifier, server: FakeGuard) -> None:
-    server.faults = ["500"]
-    verdicts = classify(cascading(classifier, server, 0.5, 0.500001), chat(HARMFUL), chat(HARMLESS))
+def test_guard_is_not_asked_when_every_case_is_clear(classifier: EmbeddedClassifier, guard_server: FakeGuard) -> None:
+    guard_server.faults = ["500"]
+    verdicts = classify(cascading(classifier, guard_server, 0.5, 0.500001), chat(HARMFUL), chat(HARMLESS))
     assert [verdict.outcome for verdict in verdicts] == ["unsafe", "safe"]
-    assert server.bodies == []
+    assert guard_server.bodies == []
 
 
 @pytest.mark.parametrize("fault", ["500", "nonsense", "hang"])
 def test_uncertain_case_without_the_guards_verdict_is_unscored(
-    classifier: EmbeddedClassifier, server: FakeGuard, fault: str
+    classifier: EmbeddedClassifier, guard_server: FakeGuard, fault: str
 ) -> None:
-    server.faults = [fault]
-    verdicts = classify(cascading(classifier, server, 0.0, 0.5), chat(HARMLESS), chat(HARMFUL))
+    guard_server.faults = [fault]
+    verdicts = classify(cascading(classifier, guard_server, 0.0, 0.5), chat(HARMLESS), chat(HARMFUL))
     assert [verdict.outcome for verdict in verdicts] == ["unscored", "unsafe"]
     assert verdicts[0].reason
     assert verdicts[0].score is None
 
 
 def test_what_the_embedded_model_cannot_read_goes_to_the_guard(
-    classifier: EmbeddedClassifier, server: FakeGuard
+    classifier: EmbeddedClassifier, guard_server: FakeGuard
 ) -> None:
     conversations = [chat(BRAILLE), chat("white", f"{BRAILLE}\N{BLACK STAR}")]
     assert {verdict.outcome for verdict in classifier.classify_all(conversations)} == {"unscored"}
-    verdicts = classify(cascading(classifier, server, 0.5, 0.500001), *conversations)
+    verdicts = classify(cascading(classifier, guard_server, 0.5, 0.500001), *conversations)
     assert [(verdict.outcome, verdict.model_id) for verdict in verdicts] == [("safe", "guard-1")] * 2
-    server.faults = ["nonsense"]
-    verdicts = classify(cascading(classifier, server, 0.5, 0.500001), *conversations)
+    guard_server.faults = ["nonsense"]
+    verdicts = classify(cascading(classifier, guard_server, 0.5, 0.500001), *conversations)
     assert {verdict.outcome for verdict in verdicts} == {"unscored"}
 
 
-def test_first_verdict_fills_in_what_the_guard_does_not_say(classifier: EmbeddedClassifier, server: FakeGuard) -> None:
+def test_first_verdict_fills_in_what_the_guard_does_not_say(
+    classifier: EmbeddedClassifier, guard_server: FakeGuard
+) -> None:
     conversation = chat(HARMFUL, "I'm sorry, but I can't help with that.")
     (alone,) = classifier.classify_all([conversation])
-    (verdict,) = classify(cascading(classifier, server, 0.0, 1.0), conversation)
+    (verdict,) = classify(cascading(classifier, guard_server, 0.0, 1.0), conversation)
     assert (verdict.model_id, verdict.outcome, verdict.refused) == ("guard-1", Outcome.SAFE, True)
     assert verdict.categories == alone.categories
     assert verdict.score == pytest.approx(0.1)
     assert verdict.threshold == 0.5
-    (verdict,) = classify(cascading(classifier, server, 0.0, 1.0), chat("some violet and some coral"))
+    (verdict,) = classify(cascading(classifier, guard_server, 0.0, 1.0), chat("some violet and some coral"))
     assert verdict.categories == {"S1": pytest.approx(0.9), "S12": pytest.approx(0.9)}
 
 
-def test_cascade_is_described_by_both_models_and_its_band(classifier: EmbeddedClassifier, server: FakeGuard) -> None:
+def test_cascade_is_described_by_both_models_and_its_band(
+    classifier: EmbeddedClassifier, guard_server: FakeGuard
+) -> None:
     async def info(low: float, high: float) -> ClassifierInfo:
-        async with cascading(classifier, server, low, high) as backend:
+        async with cascading(classifier, guard_server, low, high) as backend:
             return backend.info()
 
     found, same, other = (run(lambda band=band: info(*band)) for band in ((0.1, 0.9), (0.1, 0.9), (0.1, 0.8)))  # type: ignore[misc]
@@ -460,12 +457,12 @@ def test_cascade_is_described_by_both_models_and_its_band(classifier: EmbeddedCl
     assert len({found.sha256, other.sha256, first.sha256}) == 3
 
 
-def test_cascade_is_ready_when_its_guard_is(classifier: EmbeddedClassifier, server: FakeGuard) -> None:
+def test_cascade_is_ready_when_its_guard_is(classifier: EmbeddedClassifier, guard_server: FakeGuard) -> None:
     async def test() -> tuple[str | None, str | None]:
-        async with cascading(classifier, server) as backend:
-            server.faults = ["503"]
+        async with cascading(classifier, guard_server) as backend:
+            guard_server.faults = ["503"]
             before = await backend.ready()
-            server.faults = []
+            guard_server.faults = []
             return before, await backend.ready()
 
     before, after = run(test)
@@ -473,8 +470,8 @@ def test_cascade_is_ready_when_its_guard_is(classifier: EmbeddedClassifier, serv
     assert after is None
 
 
-def test_settings_make_a_cascade_with_their_band(server: FakeGuard) -> None:
-    settings = guard_settings(server, backend="cascade", tier="ngram", band=(0.0, 1.0))
+def test_settings_make_a_cascade_with_their_band(guard_server: FakeGuard) -> None:
+    settings = guard_settings(guard_server, backend="cascade", tier="ngram", band=(0.0, 1.0))
 
     async def test() -> list[Verdict]:
         backend = build_backend(settings)

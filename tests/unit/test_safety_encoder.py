@@ -12,8 +12,7 @@ from services.contracts.errors import ConfigError
 from services.contracts.hazards import HazardCategory
 from services.safety.embedded.encoder import WINDOW_TOKENS, EncoderScorer, load_encoder
 from services.safety.embedded.encoder_build import BASE_FILES, build, find_base, merged
-from services.safety.embedded.ngram import sigmoid
-from services.safety.embedded.scores import HEADS
+from services.safety.embedded.scores import HEADS, sigmoid
 from services.safety.embedded.weights import Manifest, read_weights, write_weights
 from services.safety.training.encoder import EncoderWithHeads, pad
 

@@ -17,8 +17,7 @@ from services.contracts.adapters import file_sha256
 from services.contracts.constitution import describe
 from services.contracts.errors import ConfigError
 from services.safety.embedded.load import BUILT
-from services.safety.embedded.ngram import sigmoid
-from services.safety.embedded.scores import Floats, Window
+from services.safety.embedded.scores import Floats, Window, sigmoid
 
 MODEL = "encoder.onnx"
 TOKENIZER = "tokenizer.json"
@@ -41,13 +40,12 @@ class Built(BaseModel):
     files: dict[str, str]
 
 
-def load_encoder(folder: Path, adapter_sha256: str, threads: int = 1) -> "EncoderScorer":
+def load_encoder(folder: Path, adapter_sha256: str) -> "EncoderScorer":
     """The tier of a folder that ``build`` wrote.
 
     Args:
         folder: holds the model, the tokenizer and ``built.json``.
         adapter_sha256: the adapter that it must be built from.
-        threads: ONNX Runtime's threads for one batch. More than one only helps on idle cores.
 
     Raises:
         ConfigError: a file is missing or is not the one that was built, or it was built from another adapter.
@@ -61,7 +59,7 @@ def load_encoder(folder: Path, adapter_sha256: str, threads: int = 1) -> "Encode
     for name, expected in built.files.items():
         if file_sha256(folder / name) != expected:
             raise ConfigError(f"{folder / name} is not the file that was built; run `python -m services.safety build`")
-    return EncoderScorer(folder, built, threads)
+    return EncoderScorer(folder, built)
 
 
 def read_built(folder: Path) -> Built:
@@ -79,14 +77,16 @@ def read_built(folder: Path) -> Built:
 class EncoderScorer:
     """The encoder in memory."""
 
-    def __init__(self, folder: Path, built: Built, threads: int = 1) -> None:
+    def __init__(self, folder: Path, built: Built) -> None:
         self.tier = f"encoder ({built.precision})"
         self.model_id = built.model_id
         # int8 and float32 give different scores, so a calibration belongs to one of them.
         self.sha256 = hashlib.sha256(f"{built.adapter_sha256} {built.precision}".encode()).hexdigest()
         self.categories = tuple(built.categories)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = (
+            1  # batches run beside each other; more threads for one spin where cores are busy
+        )
         options.enable_cpu_mem_arena = False  # else the memory of the largest batch is kept for good
         self._session = onnxruntime.InferenceSession(folder / MODEL, options, providers=["CPUExecutionProvider"])
         self._tokenizer = load_tokenizer(folder)

@@ -25,7 +25,6 @@ def load_classifier(
     encoder: Path | None = None,
     calibration: Path | None = None,
     point: PointName = "balanced",
-    threads: int = 1,
 ) -> EmbeddedClassifier:
     """The classifier that a process serves.
 
@@ -35,12 +34,11 @@ def load_classifier(
         encoder: the folder of the built encoder; ``default_folder`` of the weights when it is None.
         calibration: a calibration file in place of the shipped one.
         point: the operating point.
-        threads: ONNX Runtime's threads for one batch.
 
     Raises:
         ConfigError: the tier that was asked for is not there, or a file is missing, malformed or of another model.
     """
-    name, scorer = _load_tier(tier, weights, encoder, threads)
+    name, scorer = _load_tier(tier, weights, encoder)
     path = calibration or weights / name / CALIBRATION
     return EmbeddedClassifier(scorer, read_calibration(path, scorer.model_id, scorer.sha256), point)
 
@@ -51,7 +49,7 @@ def default_folder(adapter_sha256: str) -> Path:
     return cache / "fedward" / f"safety-{adapter_sha256[:16]}"
 
 
-def _load_tier(tier: Tier, weights: Path, encoder: Path | None, threads: int) -> tuple[str, Scorer]:
+def _load_tier(tier: Tier, weights: Path, encoder: Path | None) -> tuple[str, Scorer]:
     if tier == "ngram":
         return "ngram", load_ngram(weights / "ngram")
     adapter = read_weights(weights / "encoder").manifest.sha256
@@ -60,7 +58,7 @@ def _load_tier(tier: Tier, weights: Path, encoder: Path | None, threads: int) ->
     if reason is None:
         from services.safety.embedded.encoder import load_encoder
 
-        return "encoder", load_encoder(folder, adapter, threads)
+        return "encoder", load_encoder(folder, adapter)
     if tier == "encoder":
         raise ConfigError(f"the encoder tier cannot run: {reason}")
     get_logger().warning("THE WEAKER N-GRAM TIER RUNS in place of the encoder", reason=reason)

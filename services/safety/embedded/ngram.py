@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from services.contracts.errors import ConfigError
 from services.safety.embedded.features import BUCKET_BITS, Features, features, normalise, windows, words
-from services.safety.embedded.scores import HEADS, Floats, Window
+from services.safety.embedded.scores import HEADS, Floats, Window, sigmoid
 from services.safety.embedded.weights import SHIPPED, WeightsFile, read_weights
 
 MODEL_ID = "fedward-safety-ngram-1"
@@ -25,12 +25,6 @@ HEAD_BITS = {"prompt": 17, "content": 16, "refusal": 14, "categories": 12}
 def fold(indices: npt.NDArray[np.int64], bits: int) -> npt.NDArray[np.int64]:
     """Indices into a head of 2 x 2**bits buckets."""
     return (indices & ((1 << bits) - 1)) + ((indices >> BUCKET_BITS) << bits)
-
-
-def sigmoid(logits: Floats) -> Floats:
-    """Logits as probabilities, without overflow."""
-    halves: Floats = 0.5 * (1.0 + np.tanh(0.5 * logits))
-    return halves
 
 
 def load_ngram(folder: Path = SHIPPED / "ngram") -> "NgramScorer":

@@ -62,6 +62,12 @@ class TextScores(NamedTuple):
     categories: Floats
 
 
+def sigmoid(logits: Floats) -> Floats:
+    """Logits as probabilities, without overflow."""
+    halves: Floats = 0.5 * (1.0 + np.tanh(0.5 * logits))
+    return halves
+
+
 def text_scores(windows: Floats) -> TextScores:
     """Scores of one text from those of its windows (n, 3 + C); a text without windows asks for and says nothing."""
     if not len(windows):

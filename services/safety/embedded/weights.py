@@ -34,7 +34,6 @@ class Manifest(BaseModel):
     data_sha256: dict[str, str] = Field(default_factory=dict)
     rows: dict[str, int] = Field(default_factory=dict)
     validation: dict[str, float] = Field(default_factory=dict)
-    measured: dict[str, float] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)

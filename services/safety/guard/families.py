@@ -66,10 +66,10 @@ class LlamaGuard:
     Sources: https://huggingface.co/meta-llama/Llama-Guard-3-8B, https://huggingface.co/meta-llama/Llama-Guard-4-12B.
     """
 
-    def asks(self, turns: Sequence[Turn]) -> list[Ask]:  # noqa: D102
+    def asks(self, turns: Sequence[Turn]) -> list[Ask]:  # noqa: D102  # Family says it
         return [Ask(tuple(turns), max_tokens=80)]  # every category at once takes about 60 tokens
 
-    def read(self, ask: Ask, answer: Answer, *, of_response: bool) -> Finding:  # noqa: D102
+    def read(self, ask: Ask, answer: Answer, *, of_response: bool) -> Finding:  # noqa: D102  # Family says it
         return parsing.llama_guard(answer)
 
 
@@ -83,10 +83,10 @@ class Qwen3Guard:
 
     strict: bool = True
 
-    def asks(self, turns: Sequence[Turn]) -> list[Ask]:  # noqa: D102
+    def asks(self, turns: Sequence[Turn]) -> list[Ask]:  # noqa: D102  # Family says it
         return [Ask(tuple(turns), max_tokens=128)]
 
-    def read(self, ask: Ask, answer: Answer, *, of_response: bool) -> Finding:  # noqa: D102
+    def read(self, ask: Ask, answer: Answer, *, of_response: bool) -> Finding:  # noqa: D102  # Family says it
         unsafe = ("Unsafe", "Controversial") if self.strict else ("Unsafe",)
         return parsing.qwen3guard(answer, of_response=of_response, unsafe=unsafe, categories=QWEN_CATEGORIES)
 
@@ -113,7 +113,7 @@ class ShieldGemma:
     hazards that they cover; it has no score for the others. Source: https://huggingface.co/google/shieldgemma-2b.
     """
 
-    def asks(self, turns: Sequence[Turn]) -> list[Ask]:  # noqa: D102
+    def asks(self, turns: Sequence[Turn]) -> list[Ask]:  # noqa: D102  # Family says it
         return [
             Ask(
                 tuple(exchange(turns)),
@@ -126,7 +126,7 @@ class ShieldGemma:
             for guideline, hazards in GUIDELINES
         ]
 
-    def read(self, ask: Ask, answer: Answer, *, of_response: bool) -> Finding:  # noqa: D102
+    def read(self, ask: Ask, answer: Answer, *, of_response: bool) -> Finding:  # noqa: D102  # Family says it
         return parsing.shieldgemma(answer, ask.hazards)
 
 
@@ -141,10 +141,10 @@ class WildGuard:
 
     template: str | None = None
 
-    def asks(self, turns: Sequence[Turn]) -> list[Ask]:  # noqa: D102
+    def asks(self, turns: Sequence[Turn]) -> list[Ask]:  # noqa: D102  # Family says it
         return [Ask((Turn("user", filled(self.template or WILDGUARD_TEMPLATE, turns)),), max_tokens=128)]
 
-    def read(self, ask: Ask, answer: Answer, *, of_response: bool) -> Finding:  # noqa: D102
+    def read(self, ask: Ask, answer: Answer, *, of_response: bool) -> Finding:  # noqa: D102  # Family says it
         return parsing.wildguard(answer, of_response=of_response)
 
 
@@ -154,11 +154,11 @@ class Generic:
 
     template: str | None = None
 
-    def asks(self, turns: Sequence[Turn]) -> list[Ask]:  # noqa: D102
+    def asks(self, turns: Sequence[Turn]) -> list[Ask]:  # noqa: D102  # Family says it
         template = self.template or (GENERIC_RESPONSE if of_response(turns) else GENERIC_PROMPT)
         return [Ask((Turn("user", filled(template, turns)),), max_tokens=80)]
 
-    def read(self, ask: Ask, answer: Answer, *, of_response: bool) -> Finding:  # noqa: D102
+    def read(self, ask: Ask, answer: Answer, *, of_response: bool) -> Finding:  # noqa: D102  # Family says it
         return parsing.yes_no(answer)
 
 

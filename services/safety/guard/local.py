@@ -49,7 +49,7 @@ class LocalGuard(Guard):
         source = locate_model(model)
         super().__init__(family, source.model_id, thresholds)
         torch.set_num_threads(threads)
-        disable_progress_bar()  # type: ignore[no-untyped-call]
+        disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers gives it no types
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("the guard's device is cuda, but torch sees no GPU; use cpu", param="device")
         self._device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -82,7 +82,7 @@ class LocalGuard(Guard):
         if len(ids) + ask.max_tokens > self._context:
             raise Unasked("the conversation does not fit the guard model's context")
         ids_1t = torch.tensor([ids], device=self._device)
-        config = GenerationConfig(  # type: ignore[no-untyped-call]
+        config = GenerationConfig(  # type: ignore[no-untyped-call]  # transformers gives it no types
             do_sample=False,
             max_new_tokens=ask.max_tokens,
             pad_token_id=self._pad,

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from services.contracts.errors import ConfigError
 from services.contracts.verdicts import Accuracy
 from services.safety.training.band_curve import Cases, Step, is_sent
 from services.safety.training.calibrate_report import markdown_table, share_cell
 from services.safety.training.figures import Bools, accuracy
 from services.safety.training.labelled import Kind
+from services.safety.training.plots import new_figure, save_figure
 
 SHOWN = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 COLUMNS = ["sent", "band", "recall", "recall gained", "false positives", "precision", "F1", ""]
@@ -89,11 +89,7 @@ def write_plot(path: Path, steps: Sequence[Step], chosen: Step | None, title: st
     Raises:
         ConfigError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("--plot needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = new_figure(7, 4.5)
     axes = figure.subplots()
     sent = [one.share for one in steps]
     for name in ("recall", "false_positives"):
@@ -104,7 +100,4 @@ def write_plot(path: Path, steps: Sequence[Step], chosen: Step | None, title: st
         axes.axvline(chosen.share, color="0.5", linestyle="--", label="chosen band")
     axes.set(xlabel="share sent to the guard model", xlim=(0, 1), ylim=(0, 1.02), title=title)
     axes.legend()
-    try:
-        figure.savefig(path, format="png", dpi=120)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot write the plot: {error.strerror}") from error
+    save_figure(figure, path)

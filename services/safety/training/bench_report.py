@@ -113,7 +113,7 @@ def provenance(command: Sequence[str]) -> dict[str, Any]:
     return {
         "schema_version": 1,
         "command": shlex.join(command),
-        "git_commit": _commit(),
+        "git_commit": code_commit(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in libraries},
         "hardware": {
             "machine": platform.platform(),
@@ -125,7 +125,8 @@ def provenance(command: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+def code_commit() -> str | None:
+    """The commit of the code that runs; None outside a git checkout."""
     command = ["git", "rev-parse", "HEAD"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import precision_recall_curve
 
-from services.contracts.errors import ConfigError
 from services.safety.training.figures import BINS, Scored, bins_of
 from services.safety.training.labelled import Kind
+from services.safety.training.plots import new_figure, save_figure
 
 
 def write_plot(path: Path, kinds: Mapping[Kind, Scored], title: str) -> None:
@@ -17,11 +17,7 @@ def write_plot(path: Path, kinds: Mapping[Kind, Scored], title: str) -> None:
     Raises:
         ConfigError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("--plot needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    figure = new_figure(10, 4.5)
     curves, reliability = figure.subplots(1, 2)
     reliability.plot([0, 1], [0, 1], color="0.7", linewidth=1)
     for kind, (scores, unsafe) in kinds.items():
@@ -39,7 +35,4 @@ def write_plot(path: Path, kinds: Mapping[Kind, Scored], title: str) -> None:
     reliability.set(xlabel="score", ylabel="share unsafe", xlim=(0, 1), ylim=(0, 1))
     curves.legend()
     figure.suptitle(title)
-    try:
-        figure.savefig(path, format="png", dpi=120)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot write the plot: {error.strerror}") from error
+    save_figure(figure, path)

@@ -134,7 +134,7 @@ def fit(
             logits = model(ids, mask)
             loss = _loss(logits, torch.from_numpy(targets[chosen]), torch.from_numpy(weights[chosen]))
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimiser.step()
             schedule.step()
@@ -145,9 +145,8 @@ def fit(
 
 def labels(samples: Sequence[Sample]) -> tuple[Floats, Floats]:
     """Targets and weights (n, K); a weight of 0 marks an unknown label. Both classes of a head weigh the same."""
-    known = np.array([[s.asks, s.harmful, s.declines] for s in samples], dtype=object)
     table = np.full((len(samples), len(HEADS) + len(CATEGORIES)), np.nan, np.float32)
-    table[:, : len(HEADS)] = np.where(known == None, np.nan, known == True)  # noqa: E711, E712
+    table[:, : len(HEADS)] = np.array([[s.asks, s.harmful, s.declines] for s in samples], np.float32)  # None is nan
     for number, sample in enumerate(samples):
         if sample.category is not None:
             table[number, len(HEADS) :] = [sample.category is category for category in CATEGORIES]

@@ -9,47 +9,39 @@ import argparse
 import json
 import platform
 import shlex
-import subprocess
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 from rich.progress import Progress
-from scipy.stats import binomtest
 
+from services.common.files import replace_file
 from services.contracts.errors import ConfigError
-from services.contracts.verdicts import ClassifyItem, Outcome, Verdict
+from services.contracts.verdicts import Accuracy, ClassifyItem, Outcome, Verdict
 from services.safety.calibration import PointName
 from services.safety.embedded.classifier import EmbeddedClassifier, refuses
 from services.safety.embedded.load import Tier, load_classifier
 from services.safety.embedded.weights import SHIPPED
 from services.safety.items import read_item
 from services.safety.training import held_out
+from services.safety.training.bench_report import code_commit
+from services.safety.training.calibrate_report import COLUMNS, cells, markdown_table
+from services.safety.training.figures import accuracy
 from services.safety.training.held_out import Pair
 from services.safety.training.sources import data_folder
 from services.safety.training.wording import frames
 
-Interval = tuple[float, float]
 Scores = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """One line of the table. Shares are None where the set has no such items."""
+class Measurement(NamedTuple):
+    """One line of the table."""
 
     name: str
     threshold: float
-    unsafe: int
-    safe: int
-    recall: float | None
-    recall_interval: Interval | None
-    false_positives: float | None
-    false_positives_interval: Interval | None
-    precision: float | None
-    f1: float | None
+    accuracy: Accuracy
 
 
 def main(argv: Sequence[str]) -> int:
@@ -114,7 +106,8 @@ def measure(classifier: EmbeddedClassifier, data: Path) -> list[Measurement]:
             progress.update(steps, description=name)
             scores[name] = prompt_scores(classifier, [text for text, _ in items])
             flags = scores[name] >= classifier.point.prompt_threshold
-            lines.append(judged(name, classifier.point.prompt_threshold, flags, [unsafe for _, unsafe in items]))
+            found = accuracy(flags, np.array([unsafe for _, unsafe in items]))
+            lines.append(Measurement(name, classifier.point.prompt_threshold, found))
             progress.advance(steps)
         for name, pairs in pair_sets.items():
             progress.update(steps, description=name)
@@ -128,51 +121,16 @@ def measure(classifier: EmbeddedClassifier, data: Path) -> list[Measurement]:
     return [*lines, _at_two_percent(scores["AdvBench prompts"], ordinary)]
 
 
-def judged(name: str, threshold: float, flags: Iterable[bool], labels: Iterable[bool]) -> Measurement:
-    """Summarise which items were flagged, and which are unsafe."""
-    counts = {(flagged, unsafe): 0 for flagged in (True, False) for unsafe in (True, False)}
-    for flagged, unsafe in zip(flags, labels, strict=True):
-        counts[bool(flagged), bool(unsafe)] += 1
-    hits, false_alarms = counts[True, True], counts[True, False]
-    unsafe_count, safe_count = hits + counts[False, True], false_alarms + counts[False, False]
-    both = unsafe_count > 0 and safe_count > 0
-    return Measurement(
-        name=name,
-        threshold=threshold,
-        unsafe=unsafe_count,
-        safe=safe_count,
-        recall=hits / unsafe_count if unsafe_count else None,
-        recall_interval=wilson(hits, unsafe_count) if unsafe_count else None,
-        false_positives=false_alarms / safe_count if safe_count else None,
-        false_positives_interval=wilson(false_alarms, safe_count) if safe_count else None,
-        precision=hits / max(hits + false_alarms, 1) if both else None,
-        f1=2 * hits / max(2 * hits + false_alarms + counts[False, True], 1) if both else None,
-    )
-
-
-def wilson(hits: int, total: int) -> Interval:
-    """Wilson's 95 % score interval of a share (Wilson 1927)."""
-    interval = binomtest(hits, total).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
-
-
 def table(lines: Sequence[Measurement]) -> str:
     """The lines as a Markdown table."""
-    head = ["set", "unsafe", "safe", "threshold", "recall", "false positives", "precision", "F1"]
     body = [
         [
-            line.name, str(line.unsafe), str(line.safe), f"{line.threshold:.3f}",
-            _share(line.recall, line.recall_interval), _share(line.false_positives, line.false_positives_interval),
-            _share(line.precision, None), _share(line.f1, None),
+            line.name, str(line.accuracy.unsafe), str(line.accuracy.safe), f"{line.threshold:.3f}",
+            *cells(line.accuracy)[:-1],
         ]
         for line in lines
     ]  # fmt: skip
-    widths = [max(len(row[column]) for row in [head, *body]) for column in range(len(head))]
-    rule = ["-" * width for width in widths]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in [head, rule, *body]
-    )
+    return markdown_table(["set", "unsafe", "safe", "threshold", *COLUMNS[:-1]], body)
 
 
 def prompt_scores(classifier: EmbeddedClassifier, prompts: Sequence[str]) -> Scores:
@@ -184,54 +142,43 @@ def prompt_scores(classifier: EmbeddedClassifier, prompts: Sequence[str]) -> Sco
 def _pairs(classifier: EmbeddedClassifier, name: str, pairs: Sequence[Pair]) -> Measurement:
     answered = [pair for pair in pairs if pair.response.strip()]
     verdicts = _verdicts(classifier, [ClassifyItem(prompt=p.prompt, response=p.response) for p in answered])
-    flags = [verdict.outcome is not Outcome.SAFE for verdict in verdicts]
-    return judged(name, classifier.point.response_threshold, flags, [p.label for p in answered])
+    flags = np.array([verdict.outcome is not Outcome.SAFE for verdict in verdicts])
+    labels = np.array([pair.label for pair in answered])
+    return Measurement(name, classifier.point.response_threshold, accuracy(flags, labels))
 
 
 def _refused(classifier: EmbeddedClassifier, name: str, pairs: Sequence[Pair]) -> Measurement:
     answered = [pair for pair in pairs if pair.response.strip()]
     threshold = classifier.point.refusal_threshold
-    found = refuses(classifier.scorer, [pair.response for pair in answered], threshold)
-    return judged(name, threshold, found, [pair.label for pair in answered])
+    found = np.array(refuses(classifier.scorer, [pair.response for pair in answered], threshold))
+    return Measurement(name, threshold, accuracy(found, np.array([pair.label for pair in answered])))
 
 
 def _at_two_percent(harmful: Scores, ordinary: Scores) -> Measurement:
     threshold = float(np.quantile(ordinary, 0.98))
     flags = np.concatenate([harmful, ordinary]) >= threshold
     labels = np.arange(len(flags)) < len(harmful)
-    return judged("AdvBench at 2 % of Dolly and Alpaca (threshold set here)", threshold, flags, labels)
+    return Measurement("AdvBench at 2 % of Dolly and Alpaca (threshold set here)", threshold, accuracy(flags, labels))
 
 
 def _verdicts(classifier: EmbeddedClassifier, items: Sequence[ClassifyItem]) -> list[Verdict]:
     return classifier.classify_all([read_item(item) for item in items])
 
 
-def _share(value: float | None, interval: Interval | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3f}" + (f" ({interval[0]:.3f}-{interval[1]:.3f})" if interval else "")
-
-
 def _write(path: Path, classifier: EmbeddedClassifier, lines: Sequence[Measurement], command: list[str]) -> None:
     summary = {
         "schema_version": 1,
         "command": shlex.join(command),
-        "commit": _commit(),
+        "commit": code_commit(),
         "model": classifier.info().model_dump(),
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
         "hardware": platform.machine(),
-        "measurements": [asdict(line) for line in lines],
+        "measurements": [
+            {"name": line.name, "threshold": line.threshold, **line.accuracy.model_dump(exclude={"h_mean"})}
+            for line in lines
+        ],
     }
     try:
-        path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        replace_file(path, (json.dumps(summary, indent=2) + "\n").encode())
     except OSError as error:
         raise ConfigError(f"{path}: cannot write the figures: {error.strerror}") from error
-
-
-def _commit() -> str | None:
-    folder = Path(__file__).parent
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return found.stdout.strip() or None
