@@ -32,6 +32,7 @@ other commands, each with its own --help:
   python -m services.safety band        choose a cascade's uncertain band on your own labelled data
   python -m services.safety tune        fine-tune the encoder on your own labelled data
   python -m services.safety measure     print the measured quality
+  python -m services.safety refusals    refusal detection, each model's answers left out once
   python -m services.safety train       reproduce the shipped weights
   python -m services.safety bench       speed against a plain transformers pipeline
 
@@ -46,6 +47,7 @@ COMMANDS = {
     "measure": "services.safety.training.measure",
     "train": "services.safety.training.train",
     "bench": "services.safety.training.bench",
+    "refusals": "services.safety.training.leave_one_out",
 }
 
 # The extra that has a command's libraries.

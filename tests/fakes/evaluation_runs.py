@@ -13,9 +13,16 @@ from evaluation.files import write_json, write_jsonl
 from evaluation.run import RunOptions, RunSummary, summarise
 from evaluation.run_folder import RoundCost
 from evaluation.scoring import Sample, score
-from services.contracts.verdicts import ClassifierInfo, Outcome, Verdict
+from services.contracts.verdicts import Accuracy, CalibrationInfo, ClassifierInfo, Outcome, Verdict
 
-JUDGE = ClassifierInfo(model_id="fake-judge", tier="test", sha256="1" * 64, threshold=0.5)
+ANSWERS = Accuracy(unsafe=40, safe=60, recall=0.75, false_positives=0.05)
+JUDGE = ClassifierInfo(
+    model_id="fake-judge",
+    tier="test",
+    sha256="1" * 64,
+    threshold=0.5,
+    calibration=CalibrationInfo(data="forty and sixty answers", data_sha256="2" * 64, rows=100, response=ANSWERS),
+)
 SETS = (
     PromptSet("advbench", True, "synthetic", tuple(f"Harmful topic number {i} please" for i in range(200))),
     PromptSet("benign_out_of_source", False, "synthetic", tuple(f"Ordinary garden question {i}" for i in range(150))),

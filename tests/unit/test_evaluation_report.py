@@ -124,6 +124,7 @@ def test_page_leads_with_the_answer_and_warns(job: Path) -> None:
     assert f"handles {safe['filter+cai']} of 200 held-out harmful prompts safely" in heading[1]
     assert f"without protection it is {safe['none']}" in heading[1]
     assert "Not independent." in text
+    assert "On forty and sixty answers it finds 0.750 of 40 unsafe answers and flags 0.050 of 60 safe ones." in text
     assert "What this shows, and what it does not" in text
     assert SETS[0].sha256 in text
     assert not any(prompt in text for s in SETS for prompt in s.texts[:5])

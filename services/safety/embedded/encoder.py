@@ -23,7 +23,6 @@ MODEL = "encoder.onnx"
 TOKENIZER = "tokenizer.json"
 WINDOW_TOKENS = 96  # with the two special tokens; the longest text that training shows it
 STRIDE_TOKENS = 64
-ROWS = 8  # lengths are padded to a multiple: rows that are left over take another kernel, with other rounding
 LONGEST_WORD = 64  # characters; BERT reads a longer run of letters as one unknown token
 
 
@@ -84,9 +83,7 @@ class EncoderScorer:
         self.sha256 = hashlib.sha256(f"{built.adapter_sha256} {built.precision}".encode()).hexdigest()
         self.categories = tuple(built.categories)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = (
-            1  # batches run beside each other; more threads for one spin where cores are busy
-        )
+        options.intra_op_num_threads = 1  # batches run side by side; more threads for one spin where cores are busy
         options.enable_cpu_mem_arena = False  # else the memory of the largest batch is kept for good
         self._session = onnxruntime.InferenceSession(folder / MODEL, options, providers=["CPUExecutionProvider"])
         self._tokenizer = load_tokenizer(folder)
@@ -100,15 +97,13 @@ class EncoderScorer:
         return [[self._first, *ids[start : start + size], self._last] for start in starts if ids]
 
     def run(self, windows: Sequence[Window]) -> Floats:
-        """Probabilities (n, 3 + C) of windows of token ids."""
-        longest = max(map(len, windows))
-        ids = np.zeros((len(windows), longest + -longest % ROWS), np.int64)
-        mask = np.zeros(ids.shape, np.float32)
-        for row, window in enumerate(windows):
-            ids[row, : len(window)] = window
-            mask[row, : len(window)] = 1.0
-        logits = self._session.run(["logits"], {"input_ids": ids, "attention_mask": mask})[0]
-        return sigmoid(np.asarray(logits, np.float32))
+        """Probabilities (n, 3 + C) of windows of token ids.
+
+        Each goes alone: in a batch, one text's activations would set the 8-bit scale of another's.
+        """
+        inputs = [{"input_ids": np.array([window], np.int64)} for window in windows]
+        logits = [self._session.run(["logits"], given)[0] for given in inputs]
+        return sigmoid(np.concatenate(logits))
 
 
 def load_tokenizer(folder: Path, max_tokens: int | None = None) -> Tokenizer:

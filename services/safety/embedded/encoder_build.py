@@ -14,6 +14,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import onnx
+from onnxruntime.quantization import QuantType, quantize_dynamic
 from safetensors.numpy import load_file
 
 from services.common.files import replace_file
@@ -63,7 +64,7 @@ def build(weights: Path, out: Path, base: Path | None = None, precision: Precisi
         weights: the folder of the adapter, its heads and their manifest.
         out: the folder to write; files of an earlier build are replaced.
         base: a folder with the base encoder; by default the pip package, else the Hub.
-        precision: int8 takes two thirds of float32's time and memory; its scores differ by about 0.003.
+        precision: int8 takes two fifths of float32's time; its scores differ by about 0.01.
 
     Raises:
         ConfigError: the base is nowhere, is not the pinned one, or the weights are not what they should be.
@@ -73,8 +74,10 @@ def build(weights: Path, out: Path, base: Path | None = None, precision: Precisi
     graph = build_graph(merged(folder, file), SHAPE)
     out.mkdir(parents=True, exist_ok=True)
     (out / BUILT).unlink(missing_ok=True)  # the folder is incomplete from here on
-    model = graph if precision == "float32" else quantised(graph)
-    replace_file(out / MODEL, model.SerializeToString())
+    if precision == "float32":
+        onnx.save(graph, out / MODEL)
+    else:
+        _quantise(graph, out / MODEL)
     replace_file(out / TOKENIZER, (folder / TOKENIZER).read_bytes())
     built = Built(
         model_id=file.manifest.model_id,
@@ -121,22 +124,15 @@ def merged(base: Path, adapter: WeightsFile) -> Weights:
         raise ConfigError(f"the adapter {adapter.manifest.model_id} does not fit the base encoder: {error}") from error
 
 
-def quantised(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with weights in 8 bits, and activations in 8 bits while they are multiplied.
+def _quantise(graph: onnx.ModelProto, out: Path) -> None:
+    """Write the model with weights in 8 bits, a scale for each column, and activations in 8 bits at every product.
 
-    Each row is quantised by itself, so a text's scores do not depend on which texts share its batch, as they would
-    with ONNX Runtime's dynamic quantisation, which is faster still.
+    The activations' scale is that of everything in the batch, so windows are run one at a time (which costs nothing:
+    a window is large enough to keep a core busy) and a text's scores depend on that text alone.
     """
-    # The module sets up the root logger at import, unless that has a handler, and tells of every node.
+    # The library warns through the root logger, and sets that up first unless it has a handler.
     logging.getLogger().addHandler(logging.NullHandler())
-    from onnxruntime.quantization import matmul_nbits_quantizer
-
-    quantizer = matmul_nbits_quantizer.MatMulNBitsQuantizer(
-        graph, bits=8, block_size=128, is_symmetric=True, accuracy_level=4
-    )
-    quantizer.process()
-    model: onnx.ModelProto = quantizer.model.model
-    return model
+    quantize_dynamic(graph, out, op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QInt8)
 
 
 def _package() -> Path | None:

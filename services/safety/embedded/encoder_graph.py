@@ -13,7 +13,6 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 OPSET = 20  # the first with Gelu
-MASKED = -1e4  # added to the attention scores of padding
 
 Weights = dict[str, npt.NDArray[np.float32]]
 
@@ -66,26 +65,21 @@ def build_graph(weights: Weights, shape: Shape) -> onnx.ModelProto:
         shape: layers, attention heads and the layer norms' epsilon.
 
     Returns:
-        A model with inputs ``input_ids`` (n, t) int64 and ``attention_mask`` (n, t) float32, and output ``logits``
+        A model with input ``input_ids`` (n, t) int64, texts of one length without padding, and output ``logits``
         (n, K) float32.
     """
     graph = _Graph(weights)
     width = weights["head.weight"].shape[1]
-    graph.constant("one", np.array(1.0, np.float32))
-    graph.constant("masked", np.array(MASKED, np.float32))
     graph.constant("scale", np.array((width / shape.heads) ** -0.5, np.float32))
     graph.constant("split", np.array([0, 0, shape.heads, width // shape.heads], np.int64))
     graph.constant("joined", np.array([0, 0, width], np.int64))
     hidden = _embeddings(graph, shape.epsilon)
-    padding = graph.op("Mul", graph.op("Sub", "one", "attention_mask"), "masked")
-    padding = graph.op("Unsqueeze", padding, graph.constant("score_axes", np.array([1, 2], np.int64)))
     for layer in range(shape.layers):
-        hidden = _layer(graph, f"encoder.layer.{layer}", hidden, padding, shape.epsilon)
-    graph.linear("head", _mean_pool(graph, hidden), output="logits")
-    inputs = [
-        helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["n", "t"]),
-        helper.make_tensor_value_info("attention_mask", TensorProto.FLOAT, ["n", "t"]),
-    ]
+        hidden = _layer(graph, f"encoder.layer.{layer}", hidden, shape.epsilon)
+    positions = graph.constant("positions", np.array([1], np.int64))
+    pooled = graph.op("ReduceMean", hidden, positions, keepdims=0)
+    graph.linear("head", pooled, output="logits")
+    inputs = [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["n", "t"])]
     outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", weights["head.weight"].shape[0]])]
     body = helper.make_graph(graph.nodes, "encoder", inputs, outputs, list(graph.constants.values()))
     model = helper.make_model(body, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
@@ -105,9 +99,9 @@ def _embeddings(graph: _Graph, epsilon: float) -> str:
     return graph.layer_norm("embeddings.LayerNorm", total, epsilon)
 
 
-def _layer(graph: _Graph, name: str, hidden: str, padding: str, epsilon: float) -> str:
+def _layer(graph: _Graph, name: str, hidden: str, epsilon: float) -> str:
     """One transformer layer (n, t, d) -> (n, t, d)."""
-    attended = _attention(graph, f"{name}.attention.self", hidden, padding)
+    attended = _attention(graph, f"{name}.attention.self", hidden)
     attended = graph.linear(f"{name}.attention.output.dense", attended)
     hidden = graph.layer_norm(f"{name}.attention.output.LayerNorm", graph.op("Add", attended, hidden), epsilon)
     wide = graph.op("Gelu", graph.linear(f"{name}.intermediate.dense", hidden))
@@ -115,8 +109,8 @@ def _layer(graph: _Graph, name: str, hidden: str, padding: str, epsilon: float) 
     return graph.layer_norm(f"{name}.output.LayerNorm", graph.op("Add", narrow, hidden), epsilon)
 
 
-def _attention(graph: _Graph, name: str, hidden: str, padding: str) -> str:
-    """Scaled dot-product attention over the unpadded positions."""
+def _attention(graph: _Graph, name: str, hidden: str) -> str:
+    """Scaled dot-product attention."""
 
     def heads(part: str, perm: list[int]) -> str:
         split = graph.op("Reshape", graph.linear(f"{name}.{part}", hidden), "split")
@@ -124,15 +118,6 @@ def _attention(graph: _Graph, name: str, hidden: str, padding: str) -> str:
 
     query = graph.op("Mul", heads("query", [0, 2, 1, 3]), "scale")
     scores = graph.op("MatMul", query, heads("key", [0, 2, 3, 1]))
-    shares = graph.op("Softmax", graph.op("Add", scores, padding), axis=-1)
+    shares = graph.op("Softmax", scores, axis=-1)
     mixed = graph.op("MatMul", shares, heads("value", [0, 2, 1, 3]))
     return graph.op("Reshape", graph.op("Transpose", mixed, perm=[0, 2, 1, 3]), "joined")
-
-
-def _mean_pool(graph: _Graph, hidden: str) -> str:
-    """The mean of the unpadded positions (n, d)."""
-    last = graph.constant("last", np.array([-1], np.int64))
-    middle = graph.constant("middle", np.array([1], np.int64))
-    kept = graph.op("Mul", hidden, graph.op("Unsqueeze", "attention_mask", last))
-    total = graph.op("ReduceSum", kept, middle, keepdims=0)
-    return graph.op("Div", total, graph.op("ReduceSum", "attention_mask", middle, keepdims=1))
