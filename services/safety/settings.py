@@ -10,6 +10,7 @@ from services.common.settings import Settings
 from services.safety.calibration import PointName
 from services.safety.embedded.load import Tier
 from services.safety.embedded.weights import SHIPPED
+from services.safety.guard.families import FAMILIES
 
 
 class SafetySettings(Settings):
@@ -38,7 +39,7 @@ class SafetySettings(Settings):
     batch_tokens: int = Field(default=2048, ge=1, description="most tokens in a batch; bounds memory")
     deadline_seconds: float = Field(default=30.0, gt=0, description="how long a request may take before it gets 429")
 
-    guard_family: str | None = Field(default=None, description="how the guard model is asked; --help lists the names")
+    guard_family: str | None = Field(default=None, description=f"how the guard model is asked: {', '.join(FAMILIES)}")
     guard_url: HttpUrl | None = Field(default=None, description="OpenAI-compatible server of the guard model")
     guard_model: str | None = Field(default=None, description="its name there; without a URL a Hub name or folder")
     guard_api_key: SecretStr | None = Field(default=None, description="bearer token for that server")
