@@ -113,7 +113,7 @@ def at_most(rows: list[Row], limit: int) -> list[Row]:
 def _ailuminate(data: Path) -> Iterator[Row]:
     for line in read_csv(data / "ailuminate/airr_official_1.0_demo_en_us_prompt_set_release.csv"):
         if line["hazard"] in AILUMINATE:
-            yield Row(line["prompt_text"], True, "ailuminate", category=AILUMINATE[line["hazard"]])
+            yield Row(line["prompt_text"], True, "ailuminate", 2.0, category=AILUMINATE[line["hazard"]])
 
 
 def _aart(data: Path) -> Iterator[Row]:
