@@ -1,8 +1,8 @@
 """Measure the safety model on data it never saw: ``python -m services.safety measure --data $FEDWARD_DATA``.
 
 One table: recall on what is unsafe, false positives on what is safe, precision and F1 where a set has both, with
-95 % Wilson intervals. The thresholds are those in the weights; only the last line sets one on the measured data, to
-compare with figures of that kind, and says so.
+95 % Wilson intervals. The thresholds are those in the weights; only the last two lines set one on the measured data,
+to compare with figures of that kind, and say so.
 """
 
 import argparse
@@ -118,7 +118,15 @@ def measure(classifier: EmbeddedClassifier, data: Path) -> list[Measurement]:
             lines.append(_refused(classifier, f"Refusals: XSTest answers, {name}", pairs))
             progress.advance(steps)
     ordinary = np.concatenate([scores[name] for name, items in prompt_sets.items() if not any(u for _, u in items)])
-    return [*lines, _at_two_percent(scores["AdvBench prompts"], ordinary)]
+    unsafe = np.array([label for _, label in prompt_sets["XSTest prompts"]])
+    alarming = scores["XSTest prompts"]
+    return [
+        *lines,
+        _at_share(
+            "AdvBench at 2 % of Dolly and Alpaca (threshold set here)", 0.02, scores["AdvBench prompts"], ordinary
+        ),
+        _at_share("XSTest at 15 % of its safe prompts (threshold set here)", 0.15, alarming[unsafe], alarming[~unsafe]),
+    ]
 
 
 def table(lines: Sequence[Measurement]) -> str:
@@ -154,11 +162,11 @@ def _refused(classifier: EmbeddedClassifier, name: str, pairs: Sequence[Pair]) -
     return Measurement(name, threshold, accuracy(found, np.array([pair.label for pair in answered])))
 
 
-def _at_two_percent(harmful: Scores, ordinary: Scores) -> Measurement:
-    threshold = float(np.quantile(ordinary, 0.98))
-    flags = np.concatenate([harmful, ordinary]) >= threshold
-    labels = np.arange(len(flags)) < len(harmful)
-    return Measurement("AdvBench at 2 % of Dolly and Alpaca (threshold set here)", threshold, accuracy(flags, labels))
+def _at_share(name: str, share: float, harmful: Scores, safe: Scores) -> Measurement:
+    """A line whose threshold is the one that this share of the safe scores reaches."""
+    threshold = float(np.quantile(safe, 1.0 - share))
+    flags = np.concatenate([harmful, safe]) >= threshold
+    return Measurement(name, threshold, accuracy(flags, np.arange(len(flags)) < len(harmful)))
 
 
 def _verdicts(classifier: EmbeddedClassifier, items: Sequence[ClassifyItem]) -> list[Verdict]:
