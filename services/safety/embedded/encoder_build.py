@@ -128,8 +128,8 @@ def _quantise(graph: onnx.ModelProto, out: Path) -> None:
     """Write the model with weights in 8 bits, a scale for each column, and activations in 8 bits at every product.
 
     The activations' scale is that of everything in the batch, so windows are run one at a time (which costs nothing:
-    a window is large enough to keep a core busy) and a text's scores depend on that text alone. Weights keep to 7 of the
-    8 bits: on CPUs without VNNI, sums of larger ones would be cut off, and scores would differ between machines.
+    a window is large enough to keep a core busy) and a text's scores depend on that text alone. Weights keep to 7
+    of the 8 bits: on CPUs without VNNI, sums of larger ones would be cut off, and machines would give other scores.
     """
     # The library warns through the root logger, and sets that up first unless it has a handler.
     logging.getLogger().addHandler(logging.NullHandler())
