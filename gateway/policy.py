@@ -21,7 +21,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Annotated, Any, NamedTuple, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from services.contracts.errors import UpstreamUnavailable
 from services.contracts.hazards import HazardCategory
@@ -82,11 +82,18 @@ def _one_for_prompts(value: Any) -> Any:
     return value
 
 
+def _at_least_one(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    if not patterns:
+        raise ValueError("must name at least one model; ['*'] allows all")
+    return patterns
+
+
 AnswerAction = Annotated[Action, BeforeValidator(_one_that_withholds)]
 PromptAction = Annotated[Action, BeforeValidator(_one_for_prompts)]
 Threshold = Annotated[float, Field(ge=0, le=1, strict=True, allow_inf_nan=False)]
 Milliseconds = Annotated[int, Field(ge=1, le=60_000, strict=True)]
 ModelPattern = Annotated[str, Field(min_length=1, max_length=200, strict=True)]
+ModelPatterns = Annotated[tuple[ModelPattern, ...], AfterValidator(_at_least_one)]  # min_length complains of bad items
 
 
 class _Part(BaseModel):
@@ -136,7 +143,7 @@ class Policy(_Part):
     """What is in force for one tenant on one route."""
 
     shadow: bool = Field(default=False, strict=True)
-    models: tuple[ModelPattern, ...] = Field(default=("*",), min_length=1)
+    models: ModelPatterns = ("*",)
     system_prompt: str | None = Field(default=None, min_length=1, max_length=20_000, strict=True)
     check_deadline_ms: Milliseconds = 300
     stream: StreamPolicy = Field(default_factory=StreamPolicy)
@@ -200,15 +207,15 @@ def decide(verdicts: Sequence[Verdict], direction: Direction, policy: Policy) ->
     A text of which a part has no verdict can only be refused: redacting would let that part out.
 
     Raises:
-        UpstreamUnavailable: a part has no verdict and no other part is unsafe, so that nothing can be decided.
-            In shadow mode too: it lifts decisions, not the need for a verdict.
+        UpstreamUnavailable: a part has no verdict and no other part is unsafe, so that nothing can be decided. In
+            shadow mode also beside an unsafe part: it lifts decisions, not the need for a verdict.
     """
     part = policy.towards(direction)
     findings = [finding for verdict in verdicts for finding in _findings(verdict, part)]
     unscored = not verdicts or any(verdict.outcome is Outcome.UNSCORED for verdict in verdicts)
+    if unscored and (policy.shadow or not findings):
+        raise UpstreamUnavailable("safety", f"gave no verdict on the {direction}, so it cannot be let through")
     if not findings:
-        if unscored:
-            raise UpstreamUnavailable("safety", f"gave no verdict on the {direction}, so it cannot be let through")
         return Decision(Action.ALLOW, direction)
     worst = max((finding.action for finding in findings), key=_MILDEST_FIRST.index)
     action = Action.REFUSE if unscored else worst
