@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     )
     check.add_argument("files", nargs="+", type=Path, metavar="FILE", help="policy file, YAML")
     check.add_argument("--tenant", help="only this tenant's; one that the file does not name gets everybody's")
-    check.add_argument("--route", type=Route, choices=tuple(Route), help="only this route's")
+    check.add_argument("--route", choices=[route.value for route in Route], help="only this route's")
     arguments = parser.parse_args(argv)
     return max(_check(file, arguments) for file in arguments.files)
 
@@ -41,7 +41,8 @@ def _check(file: Path, arguments: Namespace) -> int:
         print(error.message, file=sys.stderr)
         return error.exit_code
     print(f"{file}: good, sha256 {policies.sha256}")
-    for heading, policy in _in_force(policies, arguments.tenant, arguments.route):
+    route = Route(arguments.route) if arguments.route else None
+    for heading, policy in _in_force(policies, arguments.tenant, route):
         print(f"\n{heading}", *_lines(policy), sep="\n  ")
     return 0
 

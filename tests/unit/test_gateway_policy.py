@@ -30,6 +30,7 @@ def answers(**response: Any) -> Policy:
 SAFE, UNSAFE, UNSCORED = verdict("safe", 0.1), verdict("unsafe", 0.95, S1=0.95), verdict("unscored")
 
 GRAVE = answers(action="redact", categories={"S1": {"action": "refuse"}, "S6": {"action": "revise"}})
+LOW = answers(threshold=0.2, action="redact", categories={"S1": {"action": "refuse"}})
 TIERS = answers(threshold=0.8, categories={"S6": {"threshold": 0.5, "action": "redact"}})
 OWN = answers(categories={"S4": {"threshold": 0.3}, "S7": {"threshold": 0.7, "action": "redact"}})
 
@@ -62,7 +63,8 @@ DECISIONS = [
     ([verdict("unsafe", 0.95, S6=0.9, S1=0.5)], GRAVE, "refuse", "S6 S1"),
     ([verdict("unsafe", 0.95, S1=0.49)], GRAVE, "redact", "S1"),
     ([verdict("safe", 0.2, S1=0.99)], GRAVE, "allow", ""),
-    ([verdict("safe", 0.3, S1=0.3)], answers(threshold=0.2, action="redact"), "redact", "S1"),
+    ([verdict("safe", 0.2, S1=0.2)], LOW, "refuse", "S1"),
+    ([verdict("safe", 0.2, S1=0.19)], LOW, "redact", "S1"),
     ([verdict("unsafe", 0.95, X=0.9)], GRAVE, "redact", "X"),
     # over several parts the worst action wins
     ([verdict("unsafe", 0.95, S2=0.9), verdict("unsafe", 0.95, S6=0.8)], GRAVE, "revise", "S2 S6"),

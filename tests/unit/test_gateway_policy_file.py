@@ -164,15 +164,19 @@ PROBLEMS: list[tuple[str, list[tuple[int, str, str]]]] = [
             (10, "tenants", "keys are text, not lists or mappings"),
         ],
     ),
-    ("default: !!map x\nroutes: !!int x", [
-        (2, "default", "the tag !!map is not read here"),
-        (3, "routes", "'x' is no int"),
-    ]),
+    (
+        "default: !!map x\nroutes: !!int ''\ntenants: !!bool x",
+        [
+            (2, "default", "the tag !!map is not read here"),
+            (3, "routes", "'' is no int"),
+            (4, "tenants", "'x' is no bool"),
+        ],
+    ),
     ("default: [1\nroutes: {}", [(3, "", "not valid YAML: while parsing a flow sequence")]),
     ("a: {}\n--- \nb: {}", [(3, "", "not valid YAML: .*another document")]),
-    (f"default: {'[' * 1500}", [(1, "", "nested too deeply")]),
+    (f"default: {'{a: ' * 1500}", [(1, "", "nested too deeply")]),
     ("x: '\x07'", [(1, "", "not valid YAML: unacceptable character")]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("text", "problems"), PROBLEMS)
@@ -220,6 +224,8 @@ def test_milder_category_that_can_never_win_is_refused() -> None:
     )
     with pytest.raises(ConfigError, match=r"^policy.yaml:6: tenants.acme.response.categories.S6.action: revise never"):
         parsed("tenants:\n  acme:\n    response:\n      categories:\n        S6: {action: revise}")
+    with pytest.raises(ConfigError, match=r"^policy.yaml:4: routes.chat.response.categories.S6.action: redact never"):
+        parsed("routes:\n  chat:\n    response: {action: revise, categories: {S6: {action: redact}}}")
 
 
 @pytest.mark.parametrize(
