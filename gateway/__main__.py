@@ -1,6 +1,11 @@
-"""``python -m gateway``: serve the gateway."""
+"""``python -m gateway``: serve the gateway, or check its policy.
 
+Every command but ``serve`` imports its module only when it is asked for.
+"""
+
+import importlib
 import sys
+from collections.abc import Sequence
 
 from gateway.app import build_app
 from gateway.settings import GatewaySettings
@@ -17,13 +22,21 @@ examples:
   FEDWARD_GATEWAY_CHECK_DEADLINE_MS=500 python -m gateway
   curl http://127.0.0.1:8080/v1/chat/completions -H 'content-type: application/json' \\
     -d '{"model": "fedward", "messages": [{"role": "user", "content": "Name three rivers."}], "stream": true}'
+
+other commands, each with its own --help:
+  python -m gateway policy check    check a policy file, and print what is in force
 """
+COMMANDS = {"policy": "gateway.policy_check"}
 
 
-def main() -> int:
-    """Run until stopped; returns the exit code."""
+def main(argv: Sequence[str]) -> int:
+    """Run the command that ``argv`` names; ``serve`` when it names none. Returns the exit code."""
+    command, rest = (argv[0], argv[1:]) if argv and argv[0] in ("serve", *COMMANDS) else ("serve", argv)
     try:
-        settings = load_settings(GatewaySettings, "python -m gateway", SUMMARY)
+        if command != "serve":
+            code: int = importlib.import_module(COMMANDS[command]).main(rest)
+            return code
+        settings = load_settings(GatewaySettings, "python -m gateway", SUMMARY, rest)
         serve(build_app(settings), settings, "gateway")
     except FedwardError as error:
         return exit_with(error)
@@ -31,4 +44,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -21,7 +21,7 @@ from gateway.answers import Head, blocked_chunk, blocked_completion, chunk, comp
 from gateway.chat import Chat
 from gateway.checks import prompt_items, response_items
 from gateway.metrics import DECISIONS, Ledger
-from gateway.policy import Action, Decision, Direction, Policy, decide
+from gateway.policy import Action, Decision, Direction, DirectionPolicy, Policy, PromptPolicy, decide
 from gateway.settings import GatewaySettings
 from gateway.streaming import CheckedAnswer
 from gateway.upstreams import PassedOn, Upstreams
@@ -41,7 +41,10 @@ class Pipeline:
         self._upstreams = upstreams
         self._settings = settings
         self._busy = 0
-        self._policy = Policy(settings.prompt_threshold, settings.response_threshold)
+        self._policy = Policy(
+            prompt=PromptPolicy(threshold=settings.prompt_threshold),
+            response=DirectionPolicy(threshold=settings.response_threshold),
+        )
 
     async def answer(self, chat: Chat) -> Json:
         """A whole answer, or the refusal in its place; raises a FedwardError when it cannot be made or checked."""
