@@ -108,8 +108,8 @@ def _bind(host: str, port: int) -> socket.socket:
 async def on_fedward_error(request: Request, error: Exception) -> Response:
     """The one JSON error body, with ``Retry-After`` where a retry may help."""
     assert isinstance(error, FedwardError)
-    retry = {"retry-after": "1"} if isinstance(error, (Overloaded, UpstreamUnavailable)) else None
-    return JSONResponse(error.body(), status_code=error.http_status, headers=retry)
+    retry = {"retry-after": "1"} if isinstance(error, (Overloaded, UpstreamUnavailable)) else {}
+    return JSONResponse(error.body(), status_code=error.http_status, headers=retry | error.headers)
 
 
 def invalid_request(request: Request, error: RequestValidationError) -> RequestError:
