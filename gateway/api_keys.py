@@ -1,35 +1,30 @@
-"""API keys: random secrets of which only hashes are kept, in one JSON file; and the commands that edit it.
+"""API keys: random secrets of which only hashes are kept, in one JSON file.
 
 A key is ``fw-`` and 256 random bits. It is shown once, when it is made; the file holds its sha256. A plain hash is
 enough here: unlike a password, the key has too much randomness to be guessed from its hash.
 """
 
-import argparse
 import fcntl
 import hashlib
 import hmac
 import json
 import os
-import re
 import secrets
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from services.common.files import replace_file
-from services.common.settings import exit_with
 from services.contracts.constitution import describe
-from services.contracts.errors import ConfigError, FedwardError
+from services.contracts.errors import ConfigError
 
 PREFIX = "fw-"
 # No colon: tenants that come from a token's subject have one, so that no user can choose a key's tenant as a name.
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-FILE_VARIABLE = "FEDWARD_GATEWAY_KEYS_FILE"
 WRITABLE_BY_OTHERS = 0o022
 
 
@@ -168,76 +163,6 @@ def revoke_key(path: Path, tenant: str, name: str) -> ApiKey:
                 keys[i] = key.model_copy(update={"revoked": key.revoked or _now()})
                 return keys[i]
         raise ConfigError(f"{path}: tenant {tenant} has no key named {name}; see: python -m gateway keys list")
-
-
-def main(argv: Sequence[str]) -> int:
-    """``python -m gateway keys create|list|revoke``; returns the exit code."""
-    arguments = _parser().parse_args(argv)
-    if arguments.file is None:
-        return exit_with(ConfigError(f"which keys file? give --file or set {FILE_VARIABLE}"))
-    try:
-        if arguments.command == "create":
-            _create(arguments)
-        elif arguments.command == "list":
-            _list(arguments.file)
-        else:
-            entry = revoke_key(arguments.file, arguments.tenant, arguments.name)
-            print(f"revoked: {entry.tenant}/{entry.name}")
-    except FedwardError as error:
-        return exit_with(error)
-    except OSError as error:
-        return exit_with(ConfigError(f"{arguments.file}: cannot write the API keys: {error.strerror}"))
-    return 0
-
-
-def _create(arguments: argparse.Namespace) -> None:
-    expires = _now() + timedelta(days=arguments.expires_days) if arguments.expires_days else None
-    new = new_key(arguments.tenant, arguments.name, expires)
-    add_key(arguments.file, new)
-    print(new.secret)
-    print("shown this once; it cannot be recovered from the file", file=sys.stderr)
-
-
-def _list(path: Path) -> None:
-    now = _now()
-    for key in read_keys(path).keys:
-        until = f"  expires {key.expires:%Y-%m-%d}" if key.expires else ""
-        print(f"{key.tenant}  {key.name}  {key.state(now)}  created {key.created:%Y-%m-%d}{until}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m gateway keys",
-        description="Make, list and revoke the API keys of the gateway. A running gateway takes changes up by itself.",
-        epilog="example: python -m gateway keys create --file keys.json --tenant acme --name backend --expires-days 90",
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    default = Path(os.environ[FILE_VARIABLE]) if FILE_VARIABLE in os.environ else None
-    for command, summary in (
-        ("create", "make a key and print it, once"),
-        ("list", "print tenants, names and states"),
-        ("revoke", "refuse a key from now on"),
-    ):
-        sub = commands.add_parser(command, help=summary, description=summary)
-        sub.add_argument("--file", type=Path, default=default, help=f"keys file; default: ${FILE_VARIABLE}")
-        if command != "list":
-            sub.add_argument("--tenant", type=_name, required=True, help="whom the key belongs to")
-            sub.add_argument("--name", type=_name, required=True, help="the key's name, unique for the tenant")
-        if command == "create":
-            sub.add_argument("--expires-days", type=_days, help="days until it expires; without it, it never does")
-    return parser
-
-
-def _name(text: str) -> str:
-    if not re.fullmatch(NAME, text):
-        raise argparse.ArgumentTypeError("letters, digits, '.', '_' and '-' only, at most 64, a letter or digit first")
-    return text
-
-
-def _days(text: str) -> int:
-    if not text.isdigit() or not 0 < int(text) <= 36_500:
-        raise argparse.ArgumentTypeError("a number of days, at least 1")
-    return int(text)
 
 
 def _now() -> datetime:
