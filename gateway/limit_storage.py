@@ -12,6 +12,7 @@ from services.contracts.errors import UpstreamUnavailable
 
 SERVICE = "limits"
 TIMEOUT_SECONDS = 0.5  # of one command; a request waits this long for a Redis that hangs
+CONNECTIONS = 16
 PAUSE_SECONDS = 1.0  # between attempts at a Redis that is away, so that not every request waits for it
 
 FAILURES = Counter("fedward_gateway_limit_storage_failures_total", "Commands that the counters' Redis did not answer")
@@ -94,7 +95,7 @@ class CounterStorage:
     async def close(self) -> None:
         """Close the connections."""
         if self._redis is not None:
-            await self._redis.bridge.storage.aclose()
+            await self._redis.bridge.storage.aclose(close_connection_pool=True)
 
     def _lost(self, error: StorageError) -> None:
         FAILURES.inc()
@@ -115,12 +116,18 @@ class CounterStorage:
 def _redis(url: str) -> Any:
     """Redis behind the ``limits`` library; imported here because it brings 9 MB."""
     from limits.aio.storage import RedisStorage
+    from redis.asyncio import BlockingConnectionPool
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
 
-    options: dict[str, Any] = {
-        "socket_timeout": TIMEOUT_SECONDS,
-        "socket_connect_timeout": TIMEOUT_SECONDS,
-        "retry": Retry(NoBackoff(), 0),  # what may be repeated is decided above
-    }
+    # Commands take turns on a few connections; redis's usual pool fails the 101st command at a time.
+    pool = BlockingConnectionPool.from_url(
+        url.replace("redis+unix://", "unix://"),
+        max_connections=CONNECTIONS,
+        timeout=TIMEOUT_SECONDS,
+        socket_timeout=TIMEOUT_SECONDS,
+        socket_connect_timeout=TIMEOUT_SECONDS,
+        retry=Retry(NoBackoff(), 0),  # what may be repeated is decided above
+    )
+    options: dict[str, Any] = {"connection_pool": pool}
     return RedisStorage(f"async+{url}", wrap_exceptions=True, implementation="redispy", **options)
