@@ -245,14 +245,13 @@ class AuditLog:
         from gateway.audit_store import head
 
         if self._connection is None:
-            connection = self.store.connect()
-            seq, last = head(connection, self.chain)
+            self._connection = self.store.connect()
+            seq, last = head(self._connection, self.chain)
             with self._wake:
                 believed_lost = chain_rows(self.chain, self._seq, self._hash, self._kept[: seq - self._seq])
                 if believed_lost and believed_lost[-1].hash == last:
                     del self._kept[: len(believed_lost)]
             self._seq, self._hash = seq, last
-            self._connection = connection
         return self._connection
 
     def _failed(self, error: Exception, batch: Sequence[Waiting]) -> None:

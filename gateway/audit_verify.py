@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from itertools import groupby
 from operator import attrgetter
@@ -145,8 +146,8 @@ def main(argv: Sequence[str]) -> int:
     """``python -m gateway audit verify|export``: 0 whole, 1 broken, 2 the audit cannot be read."""
     arguments = _parser().parse_args(argv)
     try:
-        store = _open(arguments.url)
-        return (_verify if arguments.command == "verify" else _export)(store, arguments)
+        with closing(_open(arguments.url)) as store:
+            return (_verify if arguments.command == "verify" else _export)(store, arguments)
     except FedwardError as error:
         return exit_with(error)
     except SQLAlchemyError as error:

@@ -44,7 +44,8 @@ def ask(provider: FakeProvider, running: tuple[FakeProvider, str]) -> Ask:
     """Identify one token by a fresh authenticator."""
 
     def one(token: str, **settings: Any) -> Identity:
-        return with_auth(running[1], lambda auth: identify(auth, token), **settings)
+        found: Identity = with_auth(running[1], lambda auth: identify(auth, token), **settings)
+        return found
 
     return one
 
