@@ -63,7 +63,17 @@ class DecisionEntry(BaseModel):
     check_ms: float | None = None
 
     @classmethod
-    def of(cls, direction: str, action: str, verdicts: Iterable[Verdict], **more: object) -> Self:
+    def of(
+        cls,
+        direction: str,
+        action: str,
+        verdicts: Iterable[Verdict],
+        *,
+        shadow: bool = False,
+        categories: tuple[str, ...] = (),
+        characters: int = 0,
+        check_ms: float | None = None,
+    ) -> Self:
         """From the verdicts as the safety service gives them; scores to four places."""
         entries = tuple(
             VerdictEntry(
@@ -73,7 +83,15 @@ class DecisionEntry(BaseModel):
             )
             for verdict in verdicts
         )
-        return cls.model_validate({"direction": direction, "action": action, "verdicts": entries} | more)
+        return cls(
+            direction=direction,
+            action=action,
+            shadow=shadow,
+            categories=categories,
+            verdicts=entries,
+            characters=characters,
+            check_ms=None if check_ms is None else round(check_ms, 2),
+        )
 
 
 class AuditRecord(BaseModel):

@@ -11,6 +11,7 @@
     │   ├── UnknownModel         no model or adapter of that name
     │   ├── PromptTooLong        prompt plus answer do not fit the context
     │   ├── BodyTooLarge         the request body is over the limit
+    │   ├── HeadTooLarge         the request's headers are over the limit
     │   ├── Unauthorized         no valid API key or token (says in ``WWW-Authenticate`` what is wanted)
     │   └── QuotaExceeded        the tenant's requests or tokens are used up (says when to try again)
     ├── Overloaded               a bounded queue is full; try again later
@@ -118,6 +119,13 @@ class BodyTooLarge(RequestError):
 
     code = "body_too_large"
     http_status = 413
+
+
+class HeadTooLarge(RequestError):
+    """The request's headers are too many or too large."""
+
+    code = "headers_too_large"
+    http_status = 431
 
 
 class Unauthorized(RequestError):
