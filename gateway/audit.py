@@ -17,18 +17,17 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
-from gateway.audit_records import FIRST, AuditRecord, Prepared, chain_rows, prepare, prompt_hmac, read_audit_key
+from gateway.audit_chain import AuditChain
+from gateway.audit_records import AuditRecord, Prepared, prepare, prompt_hmac, read_audit_key
 from services.common.logs import get_logger
 from services.contracts.errors import ConfigError, UpstreamUnavailable
-
-if TYPE_CHECKING:
-    from sqlalchemy import Connection
 
 SERVICE = "audit"
 LARGEST_BATCH = 256  # records in one transaction
@@ -41,11 +40,6 @@ RECORDS = Counter(
 )
 WAITING = Gauge("fedward_gateway_audit_records_waiting", "Audit records that are not written yet")
 FAILING = Gauge("fedward_gateway_audit_failing", "1 while the audit database cannot be written to")
-COMMIT_SECONDS = Histogram(
-    "fedward_gateway_audit_commit_seconds",
-    "Time of one transaction of the audit",
-    buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0),
-)
 
 
 class AuditSettings(BaseModel):
@@ -92,9 +86,8 @@ class AuditLog:
         self._settings = settings
         self._key = read_audit_key(settings.audit_key_file)
         self.store = AuditStore(settings.audit_url.get_secret_value())
-        self.chain = uuid.uuid4().hex
-        self._seq, self._hash = 0, FIRST
-        self._anchored_seq, self._anchored_at = 0, time.monotonic()
+        self._chain = AuditChain(self.store)  # the writer thread's
+        self._anchored_at = time.monotonic()
         # Shared with the writer thread, under the condition's lock.
         self._wake = threading.Condition()
         self._waiting: list[Waiting] = []
@@ -103,7 +96,6 @@ class AuditLog:
         self._reason = ""
         self._refused = 0  # records that the gap record will count
         self._closing = False
-        self._connection: Connection | None = None
         self._open_at_start()
         self._thread = threading.Thread(target=self._run, name="audit-writer", daemon=True)
         self._thread.start()
@@ -139,7 +131,11 @@ class AuditLog:
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
         with self._wake:
-            self._require()
+            try:
+                self._require()
+            except UpstreamUnavailable:
+                self._log([prepared], "audit record not written")
+                raise
             if self._failing_since is not None:
                 self._keep([prepared])
                 return
@@ -153,11 +149,13 @@ class AuditLog:
         except TimeoutError as error:  # it stays in the queue, and is written in the end
             if self._settings.audit_failure == "block":
                 raise UpstreamUnavailable(SERVICE, "the record was not written within the deadline") from error
-            get_logger().error("audit record late", chain=self.chain, record=prepared.body)
+            self._log([prepared], "audit record late")
 
     @property
     def problem(self) -> str | None:
         """Why records cannot be written at present, for the readiness answer."""
+        if not self._thread.is_alive():
+            return f"{SERVICE}: its writer has stopped"
         with self._wake:
             if self._failing_since is None:
                 return None
@@ -217,7 +215,8 @@ class AuditLog:
         if not batch:
             return
         try:
-            self._commit([waiting.prepared for waiting in batch])
+            self._chain.resume(())
+            self._chain.append([waiting.prepared for waiting in batch])
         except Exception as error:  # whatever it is, the thread has to live and the requests have to know
             self._failed(error, batch)
             return
@@ -226,37 +225,9 @@ class AuditLog:
         with self._wake:
             WAITING.set(len(self._waiting))
 
-    def _commit(self, records: Sequence[Prepared]) -> None:
-        """Append records in one transaction, and move the chain's end only after it."""
-        from gateway.audit_store import append
-
-        started = time.perf_counter()
-        connection = self._connected()
-        rows = chain_rows(self.chain, self._seq, self._hash, records)
-        append(connection, rows)
-        self._seq, self._hash = rows[-1].seq, rows[-1].hash
-        COMMIT_SECONDS.observe(time.perf_counter() - started)
-
-    def _connected(self) -> "Connection":
-        """The connection; a new one after a failure, when the chain goes on from where the database has it.
-
-        A commit that failed may have been made all the same, if only the answer was lost.
-        """
-        from gateway.audit_store import head
-
-        if self._connection is None:
-            self._connection = self.store.connect()
-            seq, last = head(self._connection, self.chain)
-            with self._wake:
-                believed_lost = chain_rows(self.chain, self._seq, self._hash, self._kept[: seq - self._seq])
-                if believed_lost and believed_lost[-1].hash == last:
-                    del self._kept[: len(believed_lost)]
-            self._seq, self._hash = seq, last
-        return self._connection
-
     def _failed(self, error: Exception, batch: Sequence[Waiting]) -> None:
         """Change over to failing: say so in the log, and tell every request that waits, by policy."""
-        self._disconnect()
+        self._chain.disconnect()
         with self._wake:
             self._failing_since = time.monotonic()
             self._reason = _reason(error)
@@ -272,17 +243,22 @@ class AuditLog:
             if self._settings.audit_failure == "degrade":
                 self._keep([waiting.prepared for waiting in batch])
             else:
+                self._log([waiting.prepared for waiting in batch], "audit record not written")
                 self._refused += len(batch)
                 RECORDS.labels("refused").inc(len(batch))
         _tell(batch, _succeed if self._settings.audit_failure == "degrade" else _fail)
 
     def _keep(self, records: Sequence[Prepared]) -> None:
-        """Hold records in memory, and write them to the log, which has no text. Called with the lock held."""
-        for prepared in records:
-            get_logger().error("audit record kept in memory", chain=self.chain, record=prepared.body)
+        """Hold records in memory. Called with the lock held."""
+        self._log(records, "audit record kept in memory")
         self._kept += records
         RECORDS.labels("kept").inc(len(records))
         WAITING.set(len(self._kept))
+
+    def _log(self, records: Sequence[Prepared], what: str) -> None:
+        """The last resort: a record that the database does not have stands in the log, without its text."""
+        for prepared in records:
+            get_logger().error(what, chain=self._chain.id, record=prepared.body)
 
     def _write_kept(self) -> None:
         """Try to write what has been kept, and a record of the gap; when that works, the audit is whole again."""
@@ -296,15 +272,13 @@ class AuditLog:
             error=f"not written for {seconds:.1f} s ({self._reason}); {count} records kept, {refused} requests refused",
         )
         try:
-            self._connected()
+            self._written(self._chain.resume(self._first_kept()))
             while batch := self._first_kept():
-                self._commit(batch)
-                with self._wake:
-                    del self._kept[: len(batch)]
-                RECORDS.labels("written").inc(len(batch))
-            self._commit([prepare(gap)])
+                self._chain.append(batch)
+                self._written(len(batch))
+            self._chain.append([prepare(gap)])
         except Exception as error:  # as above
-            self._disconnect()
+            self._chain.disconnect()
             with self._wake:
                 self._reason = _reason(error)
             return
@@ -316,33 +290,25 @@ class AuditLog:
             WAITING.set(0)
         get_logger().warning("the audit is written again", away_seconds=round(seconds, 1), kept=count, refused=refused)
 
+    def _written(self, count: int) -> None:
+        with self._wake:
+            del self._kept[:count]
+        RECORDS.labels("written").inc(count)
+
     def _first_kept(self) -> list[Prepared]:
         with self._wake:
             return self._kept[:LARGEST_BATCH]
 
-    def _disconnect(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            try:
-                connection.invalidate()
-                connection.close()
-            except Exception as error:  # it is broken; what is wrong with it has been logged
-                get_logger().debug("audit connection not closed", reason=_reason(error))
-
     def _anchor(self) -> None:
-        """Write the chain's end to the log, outside of the database's reach."""
         self._anchored_at = time.monotonic()
-        if self._seq > self._anchored_seq:
-            self._anchored_seq = self._seq
-            get_logger().info("audit anchor", chain=self.chain, seq=self._seq, hash=self._hash)
+        self._chain.anchor()
 
     def _finish(self) -> None:
         with self._wake:
             lost = list(self._kept)
         if lost:
             get_logger().error("audit records not written at shutdown; the log has them", records=len(lost))
-        if self._connection is not None:
-            self._connection.close()
+        self._chain.close()
         self.store.close()
 
 
@@ -352,7 +318,7 @@ def _tell(batch: Sequence[Waiting], what: Callable[[list[asyncio.Future[None]]],
     for waiting in batch:
         by_loop.setdefault(waiting.loop, []).append(waiting.done)
     for loop, futures in by_loop.items():
-        if not loop.is_closed():
+        with suppress(RuntimeError):  # the loop is closed: nobody waits there any more
             loop.call_soon_threadsafe(what, futures)
 
 

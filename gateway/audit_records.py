@@ -105,7 +105,7 @@ class AuditRecord(BaseModel):
 
     kind: Literal["request", "gap"] = "request"
     request_id: str = Field(pattern=r"^[ -~]{1,128}$")
-    at: str = Field(default_factory=lambda: utc_now())
+    at: str = Field(default_factory=lambda: utc_now(), pattern=r"^[0-9TZ:.-]{24}$")
     tenant: Name = ""
     key_name: str | None = None
     route: Name = ""
