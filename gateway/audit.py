@@ -48,7 +48,8 @@ class AuditSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     audit_url: SecretStr = Field(
-        default=SecretStr("sqlite:///runs/audit.db"), description="sqlite:///file or postgresql://user:password@host/db"
+        default=SecretStr("sqlite:///runs/audit.db"),
+        description="sqlite:///file or postgresql://user:password@host/db; at first sqlite:///runs/audit.db",
     )
     audit_failure: Literal["block", "degrade"] = Field(
         default="block", description="when a record cannot be written: answer 503, or answer and keep it in memory"

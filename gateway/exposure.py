@@ -33,7 +33,7 @@ def require_safe_start(host: str, *, auth: str, insecure_no_auth: bool, audit_ke
     if auth == "none" and not insecure_no_auth:
         raise ConfigError(
             f"--host {host} can be reached by others, and --auth is none: choose --auth keys or jwt, "
-            "or say --insecure-no-auth when something in front of the gateway identifies the callers",
+            "or say --insecure-no-auth true when something in front of the gateway identifies the callers",
             param="auth",
         )
     if audit_key_file is None:

@@ -13,6 +13,7 @@ from services.contracts.errors import UpstreamUnavailable
 SERVICE = "limits"
 TIMEOUT_SECONDS = 0.5  # of one command; a request waits this long for a Redis that hangs
 CONNECTIONS = 16
+TURN_SECONDS = 2.0  # longest wait for one of the connections: a burst of requests is no sign that Redis is away
 PAUSE_SECONDS = 1.0  # between attempts at a Redis that is away, so that not every request waits for it
 
 FAILURES = Counter("fedward_gateway_limit_storage_failures_total", "Commands that the counters' Redis did not answer")
@@ -124,7 +125,7 @@ def _redis(url: str) -> Any:
     pool = BlockingConnectionPool.from_url(
         url.replace("redis+unix://", "unix://"),
         max_connections=CONNECTIONS,
-        timeout=TIMEOUT_SECONDS,
+        timeout=TURN_SECONDS,
         socket_timeout=TIMEOUT_SECONDS,
         socket_connect_timeout=TIMEOUT_SECONDS,
         retry=Retry(NoBackoff(), 0),  # what may be repeated is decided above

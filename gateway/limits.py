@@ -68,7 +68,7 @@ class Limiter:
         url = settings.limits_url.get_secret_value() if settings.limits_url else None
         self._storage = CounterStorage(url, fall_back=settings.limits_failure == "local")
         if self._quotas is None:
-            get_logger().warning("no limits are set; give --limits-file")
+            get_logger().info("no limits are set; --limits-file sets them")
 
     @property
     def problem(self) -> str | None:

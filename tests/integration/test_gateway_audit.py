@@ -102,6 +102,16 @@ def test_records_are_stored_and_chained(url: str, capsys: pytest.CaptureFixture[
         assert "prompt" not in row.body
 
 
+def test_commits_reach_the_disk(sqlite_url: str) -> None:
+    """What a test cannot show by pulling the plug: SQLite is told to sync at every commit (2 is FULL)."""
+    run(sqlite_url, lambda audit: audit.record(record(1)))
+    store = AuditStore(sqlite_url)
+    with store.connect() as connection:
+        assert connection.execute(text("PRAGMA synchronous")).scalar_one() == 2
+        assert connection.execute(text("PRAGMA journal_mode")).scalar_one() == "wal"
+    store.close()
+
+
 def test_two_replicas_have_two_chains_in_one_database(url: str) -> None:
     async def work(audit: AuditLog) -> None:
         other = AuditLog(AuditSettings.model_validate({"audit_url": url}))
@@ -474,6 +484,6 @@ def test_locked_database_is_waited_for_no_longer_than_the_deadline(sqlite_url: s
         other.close()
         await audit.record(record("after"))
 
-    run(sqlite_url, work, audit_deadline_seconds=0.2)
+    run(sqlite_url, work, audit_deadline_seconds=1.5)
     # "late" may be written although its request was refused: too much is recorded rather than too little.
     assert stored(sqlite_url) == ["before", "late", "after"]

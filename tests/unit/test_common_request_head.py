@@ -122,7 +122,7 @@ def test_each_request_of_a_connection_is_measured_for_itself(port: int) -> None:
 
 
 def test_slow_head_is_cut_off(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.common.request_head.HEAD_SECONDS", 0.1)
+    monkeypatch.setattr("services.common.request_head.HEAD_SECONDS", 0.4)
     assert talk(port) == b""
     assert talk(port, START) == b""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:  # also the second one
@@ -133,9 +133,9 @@ def test_slow_head_is_cut_off(port: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_slow_body_is_no_slow_head(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.common.request_head.HEAD_SECONDS", 0.1)
+    monkeypatch.setattr("services.common.request_head.HEAD_SECONDS", 0.4)
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(START + b"content-length: 2\r\n\r\na")
-        time.sleep(0.25)
+        time.sleep(0.6)
         connection.sendall(b"b")
         assert connection.recv(65536).endswith(b"2 headers, 2 bytes")
