@@ -45,7 +45,7 @@ class PostgresServer:
         import psycopg
 
         with psycopg.connect(self.url, autocommit=True) as connection:
-            connection.execute(statement)  # type: ignore[call-overload]  # a plain string, not a literal
+            connection.execute(statement)
 
     def _run(self, name: str, *arguments: str) -> None:
         program = _program(name)
