@@ -5,6 +5,7 @@ import os
 import pwd
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,17 +19,14 @@ def _program(name: str) -> str | None:
 class PostgresServer:
     """PostgreSQL as child processes that can be killed and started again."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self) -> None:
         if not (_program("initdb") and _program("pg_ctl")):
             pytest.skip("PostgreSQL is not installed: the audit in it cannot be tested")
-        # The server refuses to run as root, so root runs it as somebody else.
+        # The server refuses to run as root, so root runs it as somebody else, in a folder of theirs.
         self._user = "nobody" if os.geteuid() == 0 else None
-        self._folder = folder
+        folder = self._folder = Path(tempfile.mkdtemp(prefix="fedward-postgres-"))
         self._data = folder / "data"
         if self._user:
-            for path in (folder, *folder.parents):
-                if path.stat().st_uid == 0 and path != Path("/") and not path.stat().st_mode & 0o001:
-                    path.chmod(path.stat().st_mode | 0o011)
             os.chown(folder, pwd.getpwnam(self._user).pw_uid, -1)
         self._run("initdb", "-D", str(self._data), "-A", "trust", "-U", "fedward", "--no-sync", "-E", "UTF8")
         self.url = f"postgresql://fedward@/postgres?host={folder}"
@@ -40,6 +38,11 @@ class PostgresServer:
     def kill(self) -> None:
         """Stop at once, as a crash would: connections break, nothing is said."""
         self._run("pg_ctl", "stop", "-D", str(self._data), "-m", "immediate")
+
+    def remove(self) -> None:
+        """Stop it and delete its data."""
+        self.kill()
+        shutil.rmtree(self._folder)
 
     def sql(self, statement: str) -> None:
         import psycopg

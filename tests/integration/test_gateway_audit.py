@@ -27,11 +27,11 @@ from tests.fakes.postgres_server import PostgresServer
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
-    server = PostgresServer(tmp_path_factory.mktemp("pg"))
+def postgres() -> Iterator[PostgresServer]:
+    server = PostgresServer()
     server.start()
     yield server
-    server.kill()
+    server.remove()
 
 
 @pytest.fixture(autouse=True)
