@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from services.common.connections import CLIENT_LEFT, ClientLeft
 from services.common.logs import configure_logs, get_logger
 from services.common.middleware import BodyLimit, Observe
+from services.common.request_head import BoundedHead
 from services.common.settings import Settings
 from services.contracts.errors import ConfigError, FedwardError, Overloaded, RequestError, UpstreamUnavailable
 
@@ -82,7 +83,12 @@ def serve(app: FastAPI, settings: Settings, service: str) -> None:
     host, port = listener.getsockname()[:2]
     get_logger().info("listening", host=host, port=port)
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=settings.shutdown_seconds, server_header=False
+        app,
+        http=BoundedHead,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=settings.shutdown_seconds,
+        server_header=False,
     )
     server = uvicorn.Server(config)
     server.run(sockets=[listener])
@@ -108,8 +114,8 @@ def _bind(host: str, port: int) -> socket.socket:
 async def on_fedward_error(request: Request, error: Exception) -> Response:
     """The one JSON error body, with ``Retry-After`` where a retry may help."""
     assert isinstance(error, FedwardError)
-    retry = {"retry-after": "1"} if isinstance(error, (Overloaded, UpstreamUnavailable)) else None
-    return JSONResponse(error.body(), status_code=error.http_status, headers=retry)
+    retry = {"retry-after": "1"} if isinstance(error, (Overloaded, UpstreamUnavailable)) else {}
+    return JSONResponse(error.body(), status_code=error.http_status, headers=retry | error.headers)
 
 
 def invalid_request(request: Request, error: RequestValidationError) -> RequestError:

@@ -10,7 +10,10 @@
     ├── RequestError             the caller's request is at fault (HTTP 4xx)
     │   ├── UnknownModel         no model or adapter of that name
     │   ├── PromptTooLong        prompt plus answer do not fit the context
-    │   └── BodyTooLarge         the request body is over the limit
+    │   ├── BodyTooLarge         the request body is over the limit
+    │   ├── HeadTooLarge         the request's headers are over the limit
+    │   ├── Unauthorized         no valid API key or token (says in ``WWW-Authenticate`` what is wanted)
+    │   └── QuotaExceeded        the tenant's requests or tokens are used up (says when to try again)
     ├── Overloaded               a bounded queue is full; try again later
     ├── UpstreamError            a service that this process depends on failed (names the service)
     │   ├── UpstreamUnavailable  unreachable, timed out, or answered 5xx
@@ -52,6 +55,7 @@ class FedwardError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param
+        self.headers: dict[str, str] = {}  # that go with the HTTP answer
 
     def body(self) -> dict[str, Any]:
         """The JSON error body for this error."""
@@ -115,6 +119,50 @@ class BodyTooLarge(RequestError):
 
     code = "body_too_large"
     http_status = 413
+
+
+class HeadTooLarge(RequestError):
+    """The request's headers are too many or too large."""
+
+    code = "headers_too_large"
+    http_status = 431
+
+
+class Unauthorized(RequestError):
+    """The request carries no API key or token that is valid here; the message never quotes what it carried.
+
+    Args:
+        message: what is wrong, in our words.
+        error: RFC 6750 section 3.1's code, ``invalid_token``; None when the request carried no credentials at all.
+    """
+
+    code = "invalid_api_key"
+    http_status = 401
+
+    def __init__(self, message: str, *, error: str | None = None) -> None:
+        super().__init__(message)
+        challenge = 'Bearer realm="fedward"'
+        if error:
+            described = message.replace("\\", "").replace('"', "'").encode("ascii", "replace").decode()
+            challenge += f', error="{error}", error_description="{described}"'
+        self.headers = {"www-authenticate": challenge}
+
+
+class QuotaExceeded(RequestError):
+    """The tenant has used up its requests or tokens for now.
+
+    Args:
+        message: which limit was met.
+        retry_after_seconds: when it is worth trying again, in whole seconds.
+        headers: the ``x-ratelimit-*`` headers of the answer.
+    """
+
+    code = "rate_limit_exceeded"
+    http_status = 429
+
+    def __init__(self, message: str, *, retry_after_seconds: int, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.headers = {**(headers or {}), "retry-after": str(retry_after_seconds)}
 
 
 class Overloaded(FedwardError):

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from services.common.app import create_app
 from services.common.connections import while_connected
 from services.common.settings import Settings
-from services.contracts.errors import ErrorBody, Overloaded
+from services.contracts.errors import ErrorBody, Overloaded, QuotaExceeded, Unauthorized
 from tests.fakes.model_servers import serving
 
 LIMIT = 100_000
@@ -48,6 +48,14 @@ def build() -> Any:
     async def busy() -> None:
         raise Overloaded("no room")
 
+    @app.post("/stranger")
+    async def stranger() -> None:
+        raise Unauthorized('the "token" has expired', error="invalid_token")
+
+    @app.post("/spent")
+    async def spent() -> None:
+        raise QuotaExceeded("limit met", retry_after_seconds=17, headers={"x-ratelimit-remaining-requests": "0"})
+
     @app.post("/bug")
     async def bug(body: dict[str, Any]) -> None:
         Body.model_validate(body)
@@ -63,6 +71,19 @@ def build() -> Any:
 def url() -> Iterator[str]:
     with serving(build()) as url:
         yield url
+
+
+def test_errors_bring_their_own_headers(url: str) -> None:
+    answer = post(f"{url}/stranger", b"")
+    assert answer.status_code == 401
+    challenge = """Bearer realm="fedward", error="invalid_token", error_description="the 'token' has expired\""""
+    assert answer.headers["www-authenticate"] == challenge
+    assert answer.json()["error"]["code"] == "invalid_api_key"
+    answer = post(f"{url}/spent", b"")
+    assert answer.status_code == 429
+    assert answer.headers["retry-after"] == "17"
+    assert answer.headers["x-ratelimit-remaining-requests"] == "0"
+    assert post(f"{url}/busy", b"").headers["retry-after"] == "1"
 
 
 def post(url: str, content: bytes, headers: dict[str, str] = JSON) -> httpx.Response:
