@@ -351,12 +351,13 @@ def test_adapter_is_loaded_released_rolled_back_and_unloaded(http: httpx.Client,
         adapter_text.json() != http.post("/generate", json={"inputs": "x", "parameters": {"max_new_tokens": 8}}).json()
     )
     activated = http.post("/v1/release", json={"lora_name": "r1", "sha256": sha256}).json()
-    assert activated == {"served_model": "fedward", "adapter": "r1", "sha256": sha256, "previous": "tiny"}
+    fields = {"served_model": "fedward", "adapter": "r1", "sha256": sha256, "previous": "tiny", "canary": None}
+    assert activated == fields
     assert text_of(http, "fedward") == text_of(http, "r1")
     refused = http.post("/v1/unload_lora_adapter", json={"lora_name": "r1"})
     assert (refused.status_code, "active release" in refused.json()["error"]["message"]) == (400, True)
     rolled_back = http.post("/v1/release/rollback").json()
-    assert rolled_back == {"served_model": "fedward", "adapter": None, "sha256": None, "previous": None}
+    assert rolled_back == fields | {"adapter": None, "sha256": None, "previous": None}
     assert rolled_back == http.get("/v1/release").json()
     assert text_of(http, "fedward")[1] == base_sha256(folder)
     assert http.post("/v1/release/rollback").status_code == 400

@@ -255,6 +255,7 @@ def test_release_is_activated_replaced_and_rolled_back(adapters: Adapters, model
         "adapter": "r2",
         "sha256": second,
         "previous": "r1",
+        "canary": None,
     }
     assert adapters.activate("r2", second).previous == "r1"  # doing it again changes nothing
     assert adapters.find("fedward").sha256 == second
@@ -263,6 +264,7 @@ def test_release_is_activated_replaced_and_rolled_back(adapters: Adapters, model
         "adapter": "r1",
         "sha256": first,
         "previous": None,
+        "canary": None,
     }
     assert adapters.find("fedward").sha256 == first
 
