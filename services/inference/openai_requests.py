@@ -46,12 +46,10 @@ class CompletionBody(CompletionRequest):
 
     def prompts(self) -> Sequence[str | list[int]]:
         """The prompts, one for each answer, however the caller gave them: texts, or token ids."""
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
-        if prompt and isinstance(prompt[0], int):
-            return [prompt]  # type: ignore[list-item]  # pydantic has seen to it that the others are numbers too
-        return prompt
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        ids = [part for part in self.prompt if isinstance(part, int)]
+        return [ids] if ids else [part for part in self.prompt if not isinstance(part, int)]
 
     def refuse_ignored(self) -> None:
         """Raise RequestError for what would be ignored: other fields, and values that make no sense together."""
