@@ -7,7 +7,6 @@ machine's speed drifts, the ratio of neighbours does not. The peer is what peopl
 import argparse
 import asyncio
 import json
-import os
 import signal
 import socket
 import subprocess

@@ -74,6 +74,7 @@ def test_prompt_is_scored_as_a_plain_forward_pass_scores_it(
     assert choice.logprobs is not None
     logprobs: Any = choice.logprobs.token_logprobs
     tops: Any = choice.logprobs.top_logprobs
+    names: Any = choice.logprobs.tokens
     offsets = choice.logprobs.text_offset
     assert offsets is not None
     assert (choice.text, choice.finish_reason, len(logprobs)) == (TEXT, "length", len(ids))
@@ -83,12 +84,11 @@ def test_prompt_is_scored_as_a_plain_forward_pass_scores_it(
     for place in range(1, len(ids)):
         best = wanted[place - 1].topk(3).values.tolist()
         assert sorted(tops[place].values(), reverse=True)[:3] == pytest.approx(best, abs=1e-4)
-        assert tops[place][choice.logprobs.tokens[place]] == logprobs[place]
+        assert tops[place][names[place]] == logprobs[place]
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), 0)
     # Each token stands at its place, and what has no text of its own is part of the character that follows.
     ends = [*offsets[1:], len(TEXT)]
-    names = choice.logprobs.tokens or []
     assert "".join(TEXT[start:end] for start, end in zip(offsets, ends, strict=True)) == TEXT
     assert all(TEXT[s:e] == name for s, e, name in zip(offsets, ends, names, strict=True) if "bytes:" not in name)
     assert any(name.startswith("bytes:\\x") for name in names)
