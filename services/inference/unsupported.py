@@ -45,5 +45,6 @@ def refuse_unsupported(fields: Mapping[str, Any] | None, place: str = "") -> Non
             continue
         asks_nothing = value is True if name in ON else not value or value in AS_USUAL.get(name, ())
         if not asks_nothing:
-            where = f"{place}{name}"
+            # A name comes from outside: cut short, and without halves of characters, which an answer cannot hold.
+            where = f"{place}{name[:100]}".encode(errors="replace").decode()
             raise RequestError(f"{where} is not supported by this service; leave it out", param=where)

@@ -9,6 +9,8 @@ import httpx
 import openai
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from services.contracts.chat import Completion
@@ -353,3 +355,35 @@ def test_usage_counts_every_token_once(http: httpx.Client, max_tokens: int) -> N
     lines = http.post("/v1/chat/completions", json=body | {"stream": True, "stream_options": {"include_usage": True}})
     last = json.loads(lines.text.split("\n\n")[-3].removeprefix("data: "))
     assert last["usage"]["completion_tokens"] == max_tokens
+
+
+ODD: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)
+FIELDS = (
+    "model", "prompt", "messages", "stream", "max_tokens", "temperature", "top_p", "seed", "stop", "n", "echo",
+    "logprobs", "top_logprobs", "tools", "response_format", "stream_options", "inputs", "parameters",
+)  # fmt: skip
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    route=st.sampled_from(["/v1/completions", "/v1/chat/completions", "/generate", "/v1/release/canary"]),
+    change=st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=3), ODD, max_size=3),
+)
+def test_odd_request_is_never_a_server_error(http: httpx.Client, route: str, change: dict[str, Any]) -> None:
+    body = {"model": "tiny", "prompt": "How", "messages": ASK, "inputs": "How", "max_tokens": 2} | change
+    if route != "/v1/chat/completions":
+        body = {name: value for name, value in body.items() if name != "messages" or name in change}
+    response = http.post(route, content=json.dumps(body), headers={"content-type": "application/json"})
+    assert response.status_code < 500, response.text
+
+
+@pytest.mark.parametrize("name", ["\ud800", "x" * 5000, "\n"])
+def test_odd_field_name_is_no_server_error(http: httpx.Client, name: str) -> None:
+    body = json.dumps({"model": "tiny", "messages": ASK, name: 1})
+    response = http.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert len(response.json()["error"]["message"]) < 300
