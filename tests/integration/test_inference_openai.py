@@ -117,6 +117,14 @@ def test_harness_scores_token_ids_in_one_batch(client: openai.OpenAI, reference:
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (sum(map(len, whole)), 3)
 
 
+def test_prompt_of_one_token_has_nothing_to_score(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"model": "tiny", "prompt": [70], "max_tokens": 1, "echo": True}
+    logprobs = client.completions.create(**options, logprobs=5).choices[0].logprobs
+    assert logprobs is not None
+    assert [entry is None for entry in logprobs.token_logprobs or []] == [True, False]
+    assert [entry is None for entry in logprobs.top_logprobs or []] == [True, False]
+
+
 def test_long_prompt_is_scored_in_parts_alike(
     client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
 ) -> None:
