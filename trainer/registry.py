@@ -7,7 +7,15 @@ from typing import Any
 
 from safetensors.numpy import load_file, save
 
-from services.contracts.adapters import CONFIG, MANIFEST, WEIGHTS, AdapterManifest, file_sha256, read_manifest
+from services.contracts.adapters import (
+    CONFIG,
+    CONFIG_PIN,
+    MANIFEST,
+    WEIGHTS,
+    AdapterManifest,
+    file_sha256,
+    read_manifest,
+)
 from trainer.aggregation import Arrays, check_arrays
 from trainer.files import new_directory, writing
 
@@ -29,8 +37,10 @@ def write_adapter(
     """
     check_arrays(f"adapter {directory}", arrays, reference=arrays)
     with writing(directory), new_directory(directory) as partial:
-        (partial / WEIGHTS).write_bytes(save(dict(sorted(arrays.items())), metadata={"format": "pt"}))
         (partial / CONFIG).write_text(adapter_config, encoding="utf-8")
+        # One key only: safetensors writes several in an order that changes, and the hash with it. PEFT needs no other.
+        metadata = {CONFIG_PIN: file_sha256(partial / CONFIG)}
+        (partial / WEIGHTS).write_bytes(save(dict(sorted(arrays.items())), metadata=metadata))
         manifest = AdapterManifest(sha256=file_sha256(partial / WEIGHTS), **provenance)
         (partial / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return manifest

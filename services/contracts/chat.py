@@ -140,3 +140,59 @@ class TgiError(BaseModel):
 
 
 Json = dict[str, Any]
+
+
+# OpenAI's older completions, and log-probabilities. Source: OpenAI API reference (completions, chat completions).
+
+
+class CompletionRequest(BaseModel):
+    """Body of ``POST /v1/completions``: raw prompts as texts or as token ids.
+
+    ``echo`` puts the prompt in front of the answer; with ``max_tokens`` 0 the prompt is only scored.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    prompt: str | list[str] | list[int] | list[list[int]]
+    stream: bool = False
+    max_tokens: int = Field(default=16, ge=0)
+    temperature: float = Field(default=0.0, ge=0.0, le=2.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    seed: int = 0
+    stop: str | list[str] | None = None
+    n: int = Field(default=1, ge=1)
+    echo: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=5)
+
+
+class CompletionLogprobs(BaseModel):
+    """One entry for each token; the first token of a prompt has no log-probability. Offsets count characters."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    """The answer to the prompt with this index."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class Completion(BaseModel):
+    """Answer of ``POST /v1/completions``, or one server-sent event of it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    system_fingerprint: str | None = None

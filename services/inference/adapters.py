@@ -1,25 +1,45 @@
 """Which weights answer under which name: the base, the loaded adapters, and the active release.
 
 A name is looked up once, when a request arrives; the request keeps the variant it got. So loading, replacing,
-activating and rolling back are each one assignment, and no answer mixes two variants.
+activating, rolling back and starting a canary are each one assignment, and no answer mixes two variants.
 """
 
+import random
 import threading
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 from services.common.logs import get_logger
-from services.contracts.adapters import LoadAdapterRequest, Release, read_manifest
+from services.contracts.adapters import Canary, CanaryRequest, LoadAdapterRequest, Release, read_manifest
 from services.contracts.errors import AdapterError, AdapterHashMismatch, RequestError, UnknownModel
 from services.inference.generation import Variant
 from services.inference.lora import merge_adapter
+
+
+class _Candidate(NamedTuple):
+    """A variant that answers a share of the requests for the served name, on trial."""
+
+    variant: Variant
+    percent: float
+
+    def answers(self, key: str | None) -> bool:
+        """Whether a request goes to the candidate; always the same for the same key.
+
+        A request keeps its side when the share grows, and another candidate gets another choice of requests.
+        """
+        if key is None:
+            return random.random() * 100 < self.percent
+        place = sha256(f"{self.variant.sha256}:{key}".encode()).digest()
+        return int.from_bytes(place[:8], "big") / 2**64 * 100 < self.percent
 
 
 class _Served(NamedTuple):
     """What the served name answers with, and what it did before; replaced as one, so that no reader sees a mixture."""
 
     active: Variant
-    previous: Variant | None
+    previous: Variant | None = None
+    candidate: _Candidate | None = None
 
 
 class Adapters:
@@ -38,13 +58,23 @@ class Adapters:
         self._directory = directory.resolve() if directory else None
         self._limit = limit
         self._loaded: dict[str, Variant] = {}
-        self._served = _Served(base, None)
+        self._served = _Served(base)
         self._changing = threading.Lock()
 
-    def find(self, name: str) -> Variant:
-        """The variant that answers under ``name`` now; raises UnknownModel, which lists the known names."""
+    def find(self, name: str, key: str | None = None) -> Variant:
+        """The variant that answers a request for ``name`` now.
+
+        Args:
+            name: the served name, the base's, or a loaded adapter's.
+            key: what decides whether a canary answers for the served name; None leaves it to chance.
+
+        Raises:
+            UnknownModel: there is none of that name; the message lists the known ones.
+        """
         if name == self._served_name:
-            return self._served.active
+            served = self._served
+            candidate = served.candidate
+            return candidate.variant if candidate and candidate.answers(key) else served.active
         if name == self._base.name:
             return self._base
         variant = self._loaded.get(name)
@@ -105,58 +135,91 @@ class Adapters:
 
         Raises:
             UnknownModel: no adapter of that name is loaded.
-            RequestError: it is the active release.
+            RequestError: it is the active release, or the canary.
         """
         with self._changing:
             variant = self._loaded_adapter(name)
-            if variant.sha256 == self._served.active.sha256:
+            served = self._served
+            if variant.sha256 == served.active.sha256:
                 raise RequestError(f"{name} is the active release; activate another one first", param="lora_name")
+            if served.candidate and variant.sha256 == served.candidate.variant.sha256:
+                raise RequestError(f"{name} is the canary; activate it or roll back first", param="lora_name")
             self._loaded = {other: v for other, v in self._loaded.items() if other != name}
             get_logger().info("adapter unloaded", adapter=name, sha256=variant.sha256)
             return variant
 
-    def activate(self, name: str, sha256: str) -> Release:
-        """Let the served name answer with a loaded adapter.
+    def activate(self, name: str, expected_sha256: str) -> Release:
+        """Let the served name answer with a loaded adapter; this ends a canary, and promotes it when it is this one.
 
         Raises:
             UnknownModel: it is not loaded.
             AdapterHashMismatch: what is loaded under that name has another hash.
         """
         with self._changing:
-            variant = self._loaded_adapter(name)
-            if variant.sha256 != sha256:
-                raise AdapterHashMismatch(f"adapter {name} is loaded with sha256 {variant.sha256}, not {sha256}")
-            active, previous = self._served
+            variant = self._loaded_adapter(name, expected_sha256)
+            active, previous, _ = self._served
             self._served = _Served(variant, previous if variant.sha256 == active.sha256 else active)
-            get_logger().info("release activated", adapter=name, sha256=sha256)
+            get_logger().info("release activated", adapter=name, sha256=variant.sha256)
+            return self.release()
+
+    def start_canary(self, request: CanaryRequest) -> Release:
+        """Let a loaded adapter answer a share of the requests for the served name; asked again, it changes the share.
+
+        Raises:
+            UnknownModel: it is not loaded.
+            AdapterHashMismatch: what is loaded under that name has another hash.
+            RequestError: it is the active release already.
+        """
+        with self._changing:
+            variant = self._loaded_adapter(request.lora_name, request.sha256)
+            active, previous, _ = self._served
+            if variant.sha256 == active.sha256:
+                raise RequestError(f"{variant.name} is the active release; it answers every request", param="lora_name")
+            self._served = _Served(active, previous, _Candidate(variant, request.percent))
+            get_logger().info("canary set", adapter=variant.name, sha256=variant.sha256, percent=request.percent)
             return self.release()
 
     def roll_back(self) -> Release:
-        """Let the served name answer with what it answered with before; raises RequestError when there is nothing."""
+        """End the canary; without one, let the served name answer with what it answered with before.
+
+        Raises:
+            RequestError: there is neither.
+        """
         with self._changing:
-            restored = self._served.previous
-            if restored is None:
+            active, previous, candidate = self._served
+            if candidate is not None:
+                self._served = _Served(active, previous)
+                get_logger().info("canary ended", adapter=candidate.variant.name, sha256=candidate.variant.sha256)
+                return self.release()
+            if previous is None:
                 raise RequestError("there is no earlier release to roll back to")
-            if restored is not self._base:
-                self._loaded = {restored.name: restored} | self._loaded
-            self._served = _Served(restored, None)
-            get_logger().info("release rolled back", adapter=restored.name, sha256=restored.sha256)
+            if previous is not self._base:
+                self._loaded = {previous.name: previous} | self._loaded
+            self._served = _Served(previous)
+            get_logger().info("release rolled back", adapter=previous.name, sha256=previous.sha256)
             return self.release()
 
     def release(self) -> Release:
-        """What the served name answers with; ``previous`` is what a rollback would bring back."""
-        active, previous = self._served
+        """What the served name answers with; ``previous`` is what a rollback without a canary would bring back."""
+        active, previous, candidate = self._served
         adapter = None if active is self._base else active
+        canary = None
+        if candidate:
+            variant = candidate.variant
+            canary = Canary(adapter=variant.name, sha256=variant.sha256, percent=candidate.percent)
         return Release(
             served_model=self._served_name,
             adapter=adapter.name if adapter else None,
             sha256=adapter.sha256 if adapter else None,
             previous=previous.name if previous else None,
+            canary=canary,
         )
 
-    def _loaded_adapter(self, name: str) -> Variant:
+    def _loaded_adapter(self, name: str, expected_sha256: str | None = None) -> Variant:
         variant = self._loaded.get(name)
         if variant is None:
             known = ", ".join(self._loaded) or "none"
             raise UnknownModel(f"adapter {name!r} is not loaded; loaded: {known}", param="lora_name")
+        if expected_sha256 not in (None, variant.sha256):
+            raise AdapterHashMismatch(f"adapter {name} is loaded with sha256 {variant.sha256}, not {expected_sha256}")
         return variant

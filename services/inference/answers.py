@@ -2,18 +2,19 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from services.contracts.chat import Usage
 from services.contracts.errors import FedwardError
 from services.inference.engine import Engine
-from services.inference.generation import Finish, Generation, Piece, Update
+from services.inference.generation import Finish, Generation, Piece, PromptScores, Update
+from services.inference.sampling import Score
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A finished answer."""
+    """A finished answer; ``pieces`` is empty when only the prompt was scored."""
 
     text: str
     finish: Finish
@@ -23,6 +24,7 @@ class Answer:
 class Pieces:
     """The pieces of one submitted generation, to be iterated over once.
 
+    ``prompt_scores`` is filled in before the first piece comes, when the generation scores its prompt.
     Ending the iteration early, by an error, a disconnect or a cancelled task, cancels the generation.
     """
 
@@ -33,6 +35,7 @@ class Pieces:
             Overloaded: the engine's queue is full.
         """
         self.generation = generation
+        self.prompt_scores: list[Score] = []
         self._loop = asyncio.get_running_loop()
         self._streaming = streaming
         self._came: deque[Update] = deque()
@@ -43,7 +46,7 @@ class Pieces:
     def _deliver(self, update: Update) -> None:
         """Called by the worker thread."""
         self._came.append(update)
-        if self._streaming or isinstance(update, FedwardError) or update.finish:
+        if self._streaming or isinstance(update, FedwardError) or update.finish is not None:
             self._loop.call_soon_threadsafe(self._awake.set)
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
@@ -55,8 +58,11 @@ class Pieces:
                     update = self._came.popleft()
                     if isinstance(update, FedwardError):
                         raise update
-                    yield update
-                    if update.finish:
+                    if isinstance(update, PromptScores):
+                        self.prompt_scores = update.scores
+                    else:
+                        yield update
+                    if update.finish is not None:
                         return
         finally:
             self.generation.cancel()
@@ -64,7 +70,7 @@ class Pieces:
     async def answer(self) -> Answer:
         """The whole answer; raises the error that ended it, if one did."""
         pieces = [piece async for piece in self]
-        finish = pieces[-1].finish
+        finish = pieces[-1].finish if pieces else Finish.LENGTH
         assert finish is not None
         return Answer("".join(piece.text for piece in pieces), finish, pieces)
 
@@ -72,3 +78,12 @@ class Pieces:
         """Tokens read and written so far; the end token counts as written, as in TGI and vLLM."""
         prompt, written = len(self.generation.prompt_ids), self.generation.generated
         return Usage(prompt_tokens=prompt, completion_tokens=written, total_tokens=prompt + written)
+
+
+async def all_answers(all_pieces: Sequence[Pieces]) -> list[Answer]:
+    """The whole answers, in order; when one fails or nobody waits any more, the others are cancelled."""
+    try:
+        return await asyncio.gather(*(pieces.answer() for pieces in all_pieces))
+    finally:
+        for pieces in all_pieces:
+            pieces.generation.cancel()

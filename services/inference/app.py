@@ -18,14 +18,16 @@ from services.common.connections import while_connected
 from services.contracts.adapters import (
     ActivateRequest,
     AdapterInfo,
+    CanaryRequest,
     LoadAdapterRequest,
     Release,
     UnloadAdapterRequest,
 )
-from services.contracts.chat import ChatCompletion, ChatRequest, GenerateRequest, Json
+from services.contracts.chat import ChatCompletion, Completion, GenerateRequest, Json
 from services.contracts.errors import FedwardError
-from services.inference import openai_chat, tgi
-from services.inference.answers import Pieces
+from services.inference import openai_chat, openai_completions, tgi
+from services.inference.answers import Pieces, all_answers
+from services.inference.openai_requests import ChatBody, CompletionBody
 from services.inference.service import InferenceService
 
 
@@ -53,18 +55,35 @@ def _openai_routes(service: InferenceService) -> APIRouter:
     started = int(time.time())
 
     @router.post("/v1/chat/completions", response_model=ChatCompletion)
-    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+    async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Answer a conversation; with ``stream`` as server-sent events."""
-        pieces = await service.chat(body)
+        pieces = await service.chat(body, _key(request))
         if body.stream:
-            return _stream(pieces, openai_chat.events(pieces, body))
+            return _stream(pieces, openai_chat.events(pieces, body, service.base.vocabulary))
         answer = await while_connected(request.receive, pieces.answer())
-        return JSONResponse(openai_chat.completion(pieces, answer).model_dump(exclude_none=True))
+        content = openai_chat.completion(pieces, answer, body, service.base.vocabulary)
+        return JSONResponse(content, headers=_named(pieces))
+
+    @router.post("/v1/completions", response_model=Completion)
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        """Continue raw prompts, or score them; with ``stream`` as server-sent events."""
+        all_pieces = await service.complete(body, _key(request))
+        if body.stream:
+            return _stream(all_pieces[0], openai_completions.events(all_pieces[0], body, service.base))
+        answers = await while_connected(request.receive, all_answers(all_pieces))
+        content = await asyncio.to_thread(openai_completions.completion, all_pieces, answers, body, service.base)
+        return JSONResponse(content, headers=_named(all_pieces[0]))
 
     @router.get("/v1/models")
     async def models() -> Json:
         """The names that can be asked for, each with the hash of the weights that answer."""
         return openai_chat.model_list(service.adapters.variants(), started)
+
+    @router.get("/v1/models/{name:path}")
+    async def model(name: str) -> Json:
+        """One of these names."""
+        variant = service.adapters.variants().get(name)
+        return openai_chat.model_card(name, variant or service.adapters.find(name), started)
 
     return router
 
@@ -74,13 +93,13 @@ def _tgi_routes(service: InferenceService) -> APIRouter:
 
     async def whole(body: GenerateRequest, request: Request, wrap: Callable[[Json], Any]) -> Response:
         started = time.perf_counter()
-        pieces = await service.generate(body, streaming=False)
+        pieces = await service.generate(body, streaming=False, key=_key(request))
         answer = await while_connected(request.receive, pieces.answer())
-        headers = tgi.answer_headers(pieces, time.perf_counter() - started)
+        headers = tgi.answer_headers(pieces, time.perf_counter() - started) | _named(pieces)
         return JSONResponse(wrap(tgi.answer_body(pieces, answer, body)), headers=headers)
 
-    async def streamed(body: GenerateRequest) -> Response:
-        pieces = await service.generate(body, streaming=True)
+    async def streamed(body: GenerateRequest, request: Request) -> Response:
+        pieces = await service.generate(body, streaming=True, key=_key(request))
         return _stream(pieces, tgi.events(pieces, body))
 
     @router.post("/generate")
@@ -89,14 +108,14 @@ def _tgi_routes(service: InferenceService) -> APIRouter:
         return await whole(body, request, lambda answer: answer)
 
     @router.post("/generate_stream")
-    async def generate_stream(body: GenerateRequest) -> Response:
+    async def generate_stream(body: GenerateRequest, request: Request) -> Response:
         """Continue a raw prompt, one event for each token."""
-        return await streamed(body)
+        return await streamed(body, request)
 
     @router.post("/")
     async def generate_either(body: GenerateRequest, request: Request) -> Response:
         """The route of Hugging Face's clients: ``stream`` picks; a whole answer comes in an array."""
-        return await streamed(body) if body.stream else await whole(body, request, lambda answer: [answer])
+        return await streamed(body, request) if body.stream else await whole(body, request, lambda answer: [answer])
 
     @router.get("/info")
     async def info() -> Json:
@@ -118,7 +137,7 @@ def _adapter_routes(service: InferenceService) -> APIRouter:
 
     @router.post("/v1/unload_lora_adapter")
     async def unload_lora_adapter(body: UnloadAdapterRequest) -> AdapterInfo:
-        """Forget an adapter; refused while it is the active release."""
+        """Forget an adapter; refused while it is the active release or the canary."""
         variant = await asyncio.to_thread(adapters.unload, body.lora_name)
         return AdapterInfo(lora_name=variant.name, sha256=variant.sha256)
 
@@ -129,12 +148,17 @@ def _adapter_routes(service: InferenceService) -> APIRouter:
 
     @router.post("/v1/release")
     async def activate(body: ActivateRequest) -> Release:
-        """Let the served name answer with a loaded adapter."""
+        """Let the served name answer with a loaded adapter; the canary ends, and is promoted when it is this one."""
         return await asyncio.to_thread(adapters.activate, body.lora_name, body.sha256)
+
+    @router.post("/v1/release/canary")
+    async def canary(body: CanaryRequest) -> Release:
+        """Let a loaded adapter answer a share of the requests for the served name."""
+        return await asyncio.to_thread(adapters.start_canary, body)
 
     @router.post("/v1/release/rollback")
     async def rollback() -> Release:
-        """Go back to what the served name answered with before."""
+        """End the canary; without one, go back to what the served name answered with before."""
         return await asyncio.to_thread(adapters.roll_back)
 
     return router
@@ -162,4 +186,14 @@ class _TgiRoute(APIRoute):
 def _stream(pieces: Pieces, events: AsyncIterator[str]) -> StreamingResponse:
     """A response of server-sent events; when it ends, however it ends, nobody waits for the answer any more."""
     done = BackgroundTask(pieces.generation.cancel)
-    return StreamingResponse(events, media_type="text/event-stream", background=done)
+    return StreamingResponse(events, media_type="text/event-stream", background=done, headers=_named(pieces))
+
+
+def _key(request: Request) -> str | None:
+    """What decides whether a canary answers: the request id, when the caller has given one."""
+    return request.headers.get("x-request-id")
+
+
+def _named(pieces: Pieces) -> dict[str, str]:
+    """The header that names the weights that answer, in every protocol."""
+    return {"x-fedward-adapter-sha256": pieces.generation.variant.sha256}

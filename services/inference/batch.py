@@ -18,10 +18,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from services.inference.generation import Generation
 from services.inference.metrics import ROWS, TOKENS
-from services.inference.sampling import choose_tokens
+from services.inference.sampling import Score, choose_tokens, score_tokens
 
 # Prompts are read together while the padding stays below a quarter, and at most this many tokens at once.
 PREFILL_TOKENS = 8192
+# Most numbers in the logits of a prompt that is scored; a longer prompt is read in several parts.
+SCORED_LOGITS = 2**25
 
 
 @dataclass
@@ -105,13 +107,14 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Write one more token of every answer."""
+        """Write one more token of every answer that is not over."""
+        self.leave()
         rows = self._rows
         if rows is None:
             return
         rows.mask_rt = pad(rows.mask_rt, (0, 1), value=1)
         positions_r1 = rows.mask_rt.sum(dim=1, keepdim=True) - 1
-        rows.last_r = self._forward(rows, rows.last_r[:, None], positions_r1)
+        self._hand_out(rows, self._logits(rows.last_r[:, None], rows.mask_rt, positions_r1, rows.cache)[:, -1])
 
     def _prefill(self, generations: list[Generation]) -> Rows:
         device = self._network.device
@@ -125,25 +128,54 @@ class Batch:
         positions_rt = (mask_rt.cumsum(dim=1) - 1).clamp(min=0)
         # Without a config: full-length cache layers, also for models with sliding windows (their mask still slides).
         rows = Rows(generations, mask_rt.to(device), ids_rt[:, -1].to(device), DynamicCache())
-        rows.last_r = self._forward(rows, ids_rt.to(device), positions_rt.to(device))
+        ids_rt, positions_rt = ids_rt.to(device), positions_rt.to(device)
+        if generations[0].scores_prompt:
+            self._hand_out(rows, self._score_prompt(rows, ids_rt, positions_rt))
+        else:
+            self._hand_out(rows, self._logits(ids_rt, rows.mask_rt, positions_rt, rows.cache)[:, -1])
         return rows
 
-    def _forward(self, rows: Rows, ids_rt: Tensor, positions_rt: Tensor) -> Tensor:
-        """Run the network over new columns, hand out each row's next token, and return these tokens."""
+    def _score_prompt(self, rows: Rows, ids_1t: Tensor, positions_1t: Tensor) -> Tensor:
+        """Read a prompt that stands alone, score its tokens but for the first, and return the last logits (1, v)."""
+        (generation,), width = rows.generations, ids_1t.shape[1]
+        step = max(1, SCORED_LOGITS // self._network.config.get_text_config(decoder=True).vocab_size)
+        scores: list[Score] = []
+        for start in range(0, width, step):
+            part = slice(start, min(start + step, width))
+            logits_tv = self._logits(
+                ids_1t[:, part], rows.mask_rt[:, : part.stop], positions_1t[:, part], rows.cache, keep=0
+            )[0].float()
+            following_t = ids_1t[0, part.start + 1 : part.stop + 1]  # the prompt's last token is followed by none
+            logprobs_tv = torch.log_softmax(logits_tv[: len(following_t)], dim=-1)
+            scores += score_tokens(logprobs_tv, following_t, [generation.top] * len(following_t))
+        generation.accept_prompt(scores)
+        return logits_tv[-1:]
+
+    def _logits(
+        self, ids_rt: Tensor, mask_rt: Tensor, positions_rt: Tensor, cache: DynamicCache, *, keep: int = 1
+    ) -> Tensor:
+        """Run the network over new columns; the logits (r, t, v) of the last ``keep`` columns, of all when it is 0."""
         output = self._network(
             input_ids=ids_rt,
-            attention_mask=rows.mask_rt,
+            attention_mask=mask_rt,
             position_ids=positions_rt,
-            past_key_values=rows.cache,
+            past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=keep,
         )
-        chosen = choose_tokens(output.logits[:, -1], [generation.sampler for generation in rows.generations])
-        ROWS.observe(len(chosen.ids))
-        TOKENS.inc(len(chosen.ids))
-        for generation, token_id, logprob in zip(rows.generations, chosen.ids, chosen.logprobs, strict=True):
-            generation.accept(token_id, logprob)
-        return torch.tensor(chosen.ids, device=self._network.device)
+        logits: Tensor = output.logits
+        return logits
+
+    def _hand_out(self, rows: Rows, logits_rv: Tensor) -> None:
+        """Choose each row's next token and give it to the row's answer."""
+        generations = rows.generations
+        scores = choose_tokens(logits_rv, [g.sampler for g in generations], [g.top for g in generations])
+        wanted = [(g, score) for g, score in zip(generations, scores, strict=True) if not g.over]
+        ROWS.observe(len(wanted))
+        TOKENS.inc(len(wanted))
+        for generation, score in wanted:
+            generation.accept(score)
+        rows.last_r = torch.tensor([score.token_id for score in scores], device=self._network.device)
 
 
 def _widen(tensor: Tensor, width: int, *, dim: int) -> Tensor:
@@ -157,9 +189,10 @@ def _widen(tensor: Tensor, width: int, *, dim: int) -> Tensor:
 
 
 def _similar_lengths(generations: Sequence[Generation]) -> Iterator[list[Generation]]:
-    """Split into groups whose prompts are of similar length, shortest first."""
+    """Split into groups whose prompts are of similar length, shortest first; scored prompts each stand alone."""
+    yield from ([generation] for generation in generations if generation.scores_prompt)
     group: list[Generation] = []
-    for generation in sorted(generations, key=lambda g: len(g.prompt_ids)):
+    for generation in sorted((g for g in generations if not g.scores_prompt), key=lambda g: len(g.prompt_ids)):
         length = len(generation.prompt_ids)
         if group and (length > 8 + len(group[0].prompt_ids) * 1.33 or length * (len(group) + 1) > PREFILL_TOKENS):
             yield group

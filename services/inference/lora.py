@@ -8,6 +8,7 @@ for is refused by name instead of being ignored.
 """
 
 import copy
+import io
 import json
 import math
 import re
@@ -21,7 +22,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from services.contracts.adapters import CONFIG, WEIGHTS
+from services.contracts.adapters import CONFIG, WEIGHTS, check_config
 from services.contracts.errors import AdapterError, AdapterHashMismatch
 
 _PREFIX = "base_model.model."
@@ -44,11 +45,10 @@ def merge_adapter(base: PreTrainedModel, directory: Path, expected_sha256: str) 
     """A network that answers as the base with this adapter; the base is not changed.
 
     Raises:
-        AdapterHashMismatch: the weights file is not the one that was promised.
+        AdapterHashMismatch: the weights or the configuration are not the ones that were promised.
         AdapterError: the configuration is not plain LoRA, or names, shapes, dtypes or values do not fit the base.
     """
-    config = _read_config(directory)
-    weights = _read_weights(directory, expected_sha256)
+    config, weights = _read_files(directory, expected_sha256)
     layers = {name: module for name, module in base.named_modules() if isinstance(module, nn.Linear)}
     pairs = _pairs(directory, weights)
     wanted = {name for name in layers if _is_target(name, config.targets)}
@@ -67,11 +67,22 @@ def merge_adapter(base: PreTrainedModel, directory: Path, expected_sha256: str) 
     return _with_weights(base, changed)
 
 
-def _read_config(directory: Path) -> _Config:
-    path = directory / CONFIG
+def _read_files(directory: Path, expected_sha256: str) -> tuple[_Config, dict[str, Tensor]]:
+    """Both files, checked here again: these very bytes are used, whatever became of them since the manifest's check."""
+    content, config = (directory / WEIGHTS).read_bytes(), (directory / CONFIG).read_bytes()
+    if sha256(content).hexdigest() != expected_sha256:
+        raise AdapterHashMismatch(f"adapter {directory}: {WEIGHTS} changed while it was read")
+    check_config(directory, io.BytesIO(content), config)
     try:
-        values: dict[str, Any] = dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
+        return _parse_config(directory / CONFIG, config), load(content)
+    except SafetensorError as error:
+        raise AdapterError(f"adapter {directory}: {WEIGHTS} is not a safetensors file: {error}") from error
+
+
+def _parse_config(path: Path, content: bytes) -> _Config:
+    try:
+        values: dict[str, Any] = dict(json.loads(content))
+    except (ValueError, TypeError) as error:
         raise AdapterError(f"{path}: cannot be read: {error}") from error
     if values.get("peft_type") != "LORA" or values.get("bias", "none") != "none":
         raise AdapterError(f"{path}: only LoRA adapters without trained biases can be served")
@@ -86,17 +97,6 @@ def _read_config(directory: Path) -> _Config:
     if not isinstance(targets, str | list) or not targets:
         raise AdapterError(f"{path}: target_modules must be a list of names or a pattern")
     return _Config(rank, alpha / (math.sqrt(rank) if values.get("use_rslora") else rank), targets)
-
-
-def _read_weights(directory: Path, expected_sha256: str) -> dict[str, Tensor]:
-    content = (directory / WEIGHTS).read_bytes()
-    # Hashed here again: these very bytes are used, whatever has become of the file since its manifest was read.
-    if sha256(content).hexdigest() != expected_sha256:
-        raise AdapterHashMismatch(f"adapter {directory}: {WEIGHTS} changed while it was read")
-    try:
-        return load(content)
-    except SafetensorError as error:
-        raise AdapterError(f"adapter {directory}: {WEIGHTS} is not a safetensors file: {error}") from error
 
 
 def _pairs(directory: Path, weights: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

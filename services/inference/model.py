@@ -1,5 +1,6 @@
 """Loading the base model: the shipped miniature, a folder, or any causal language model of the Hub."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ from services.common.chat_prompts import PromptEncoder
 from services.common.model_files import context_tokens, end_ids, locate_model, weights_sha256
 from services.contracts.errors import ConfigError
 from services.inference.settings import InferenceSettings
+from services.inference.text import Detokenizer
+from services.inference.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class BaseModel:
         network: the model, in evaluation mode on its device.
         tokenizer: its tokenizer; used for decoding only.
         encoder: turns chats and texts into token ids.
+        vocabulary: what single tokens are.
         model_id: the name it goes by.
         sha256: hash of its safetensors file (of the shards' hashes in order, when there are several).
         context_tokens: the most tokens that prompt and answer may have together.
@@ -32,6 +36,7 @@ class BaseModel:
     network: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     encoder: PromptEncoder
+    vocabulary: Vocabulary
     model_id: str
     sha256: str
     context_tokens: int
@@ -40,6 +45,10 @@ class BaseModel:
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def detokenizer(self, before: Sequence[int]) -> Detokenizer:
+        """For the text that continues these ids."""
+        return Detokenizer(self.decode, before)
 
 
 def load_base(settings: InferenceSettings) -> BaseModel:
@@ -69,6 +78,7 @@ def load_base(settings: InferenceSettings) -> BaseModel:
         network=network,
         tokenizer=tokenizer,
         encoder=PromptEncoder(tokenizer),
+        vocabulary=Vocabulary(tokenizer),
         model_id=settings.model_id or source.model_id,
         sha256=digest,
         context_tokens=context_tokens(network.config),

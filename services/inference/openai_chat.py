@@ -1,43 +1,38 @@
 """OpenAI's chat completion protocol: answers, and streams of server-sent events."""
 
-import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 
-from services.contracts.chat import (
-    ChatChoice,
-    ChatChunk,
-    ChatCompletion,
-    ChatDelta,
-    ChatMessage,
-    ChatRequest,
-    ChunkChoice,
-    FinishReason,
-    Json,
-)
+from services.contracts.chat import ChatChoice, ChatChunk, ChatCompletion, ChatDelta, ChatMessage, FinishReason, Json
 from services.contracts.errors import FedwardError
 from services.inference.answers import Answer, Pieces
-from services.inference.generation import Finish, Variant
+from services.inference.events import DONE, event
+from services.inference.generation import Finish, Piece, Variant
+from services.inference.openai_requests import ChatBody, wants_usage
+from services.inference.vocabulary import Vocabulary, finite
 
-_REASONS: dict[Finish, FinishReason] = {Finish.END: "stop", Finish.STOP: "stop", Finish.LENGTH: "length"}
+REASONS: dict[Finish, FinishReason] = {Finish.END: "stop", Finish.STOP: "stop", Finish.LENGTH: "length"}
 
 
-def completion(pieces: Pieces, answer: Answer) -> ChatCompletion:
+def completion(pieces: Pieces, answer: Answer, body: ChatBody, vocabulary: Vocabulary) -> Json:
     """The body of a whole answer. ``model`` and ``system_fingerprint`` name the variant that wrote it."""
     message = ChatMessage(role="assistant", content=answer.text)
     variant = pieces.generation.variant
-    return ChatCompletion(
+    content = ChatCompletion(
         id=_new_id(),
         created=int(time.time()),
         model=variant.name,
-        choices=[ChatChoice(message=message, finish_reason=_REASONS[answer.finish])],
+        choices=[ChatChoice(message=message, finish_reason=REASONS[answer.finish])],
         usage=pieces.usage(),
         system_fingerprint=variant.sha256,
-    )
+    ).model_dump(exclude_none=True)
+    if body.logprobs:
+        content["choices"][0]["logprobs"] = _logprobs(answer.pieces, vocabulary)
+    return content
 
 
-async def events(pieces: Pieces, request: ChatRequest) -> AsyncIterator[str]:
+async def events(pieces: Pieces, body: ChatBody, vocabulary: Vocabulary) -> AsyncIterator[str]:
     """The server-sent events of a streamed answer; an error on the way becomes an error event and ends the stream."""
     variant = pieces.generation.variant
     head = ChatChunk(
@@ -46,41 +41,57 @@ async def events(pieces: Pieces, request: ChatRequest) -> AsyncIterator[str]:
     yield _chunk(head, ChatDelta(role="assistant", content=""))
     try:
         async for piece in pieces:
-            if piece.text:
-                yield _chunk(head, ChatDelta(content=piece.text))
+            logprobs = _logprobs([piece], vocabulary) if body.logprobs else None
+            if piece.text or (logprobs and logprobs["content"]):
+                yield _chunk(head, ChatDelta(content=piece.text), logprobs=logprobs)
             if piece.finish:
-                yield _chunk(head, ChatDelta(), _REASONS[piece.finish])
+                yield _chunk(head, ChatDelta(), REASONS[piece.finish])
     except FedwardError as error:
-        yield _event(error.body())
+        yield event(error.body())
         return
-    if _wants_usage(request):
-        yield _event({**head, "usage": pieces.usage().model_dump()})
-    yield "data: [DONE]\n\n"
+    if wants_usage(body):
+        yield event({**head, "usage": pieces.usage().model_dump()})
+    yield DONE
+
+
+def model_card(name: str, variant: Variant, created: int) -> Json:
+    """A name that can be asked for, with the name (``root``) and hash of the weights that answer."""
+    return {
+        "id": name, "object": "model", "created": created, "owned_by": "fedward",
+        "root": variant.name, "sha256": variant.sha256,
+    }  # fmt: skip
 
 
 def model_list(variants: Mapping[str, Variant], created: int) -> Json:
-    """The body of ``/v1/models``: each name, with the name (``root``) and hash of the weights that answer."""
-    cards = [
-        {"id": name, "object": "model", "created": created, "owned_by": "fedward", "root": v.name, "sha256": v.sha256}
-        for name, v in variants.items()
-    ]
-    return {"object": "list", "data": cards}
+    """The body of ``/v1/models``."""
+    return {"object": "list", "data": [model_card(name, variant, created) for name, variant in variants.items()]}
 
 
-def _wants_usage(request: ChatRequest) -> bool:
-    options = (request.model_extra or {}).get("stream_options")
-    return isinstance(options, dict) and options.get("include_usage") is True
+def _logprobs(pieces: Sequence[Piece], vocabulary: Vocabulary) -> Json:
+    """The tokens' log-probabilities; an end token is no part of the content."""
+    return {
+        "content": [
+            {
+                **_token(piece.score.token_id, piece.score.logprob, vocabulary),
+                "top_logprobs": [_token(token_id, logprob, vocabulary) for token_id, logprob in piece.score.top],
+            }
+            for piece in pieces
+            if not piece.special
+        ],
+        "refusal": None,
+    }
 
 
-def _chunk(head: Json, delta: ChatDelta, finish: FinishReason | None = None) -> str:
-    choice = ChunkChoice(delta=delta, finish_reason=finish)
+def _token(token_id: int, logprob: float, vocabulary: Vocabulary) -> Json:
+    return {"token": vocabulary.name(token_id), "logprob": finite(logprob), "bytes": vocabulary.content(token_id)}
+
+
+def _chunk(head: Json, delta: ChatDelta, finish: FinishReason | None = None, logprobs: Json | None = None) -> str:
     # An absent delta field says "nothing new", but finish_reason is always there: clients wait for it.
-    content = {**choice.model_dump(exclude_none=True), "finish_reason": finish}
-    return _event({**head, "choices": [content]})
-
-
-def _event(content: Json) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    choice = {"index": 0, "delta": delta.model_dump(exclude_none=True), "finish_reason": finish}
+    if logprobs is not None:
+        choice["logprobs"] = logprobs
+    return event({**head, "choices": [choice]})
 
 
 def _new_id() -> str:

@@ -24,26 +24,40 @@ class Sampler:
         return float(torch.rand((), generator=self._generator))
 
 
-class Chosen(NamedTuple):
-    """The chosen tokens and their log-probabilities, one of each for every row."""
+class Score(NamedTuple):
+    """A token's log-probability, and those of the likeliest tokens at its place, likeliest first, by token id.
 
-    ids: list[int]
-    logprobs: list[float]
-
-
-def choose_tokens(logits_rv: Tensor, samplers: Sequence[Sampler | None]) -> Chosen:
-    """Pick each row's next token; None stands for greedy.
-
-    The log-probabilities are the model's own, before temperature and top-p, as TGI reports them.
+    They are the model's own, before temperature and top-p, as OpenAI and TGI report them.
     """
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+def choose_tokens(logits_rv: Tensor, samplers: Sequence[Sampler | None], tops: Sequence[int]) -> list[Score]:
+    """Pick each row's next token; None as a sampler stands for greedy. ``tops``: how many alternatives a row wants."""
     logprobs_rv = torch.log_softmax(logits_rv.float(), dim=-1)
     ids_r = logprobs_rv.argmax(dim=-1)
     sampled = [(row, sampler) for row, sampler in enumerate(samplers) if sampler is not None]
     if sampled:
         rows = [row for row, _ in sampled]
         ids_r[rows] = _sample(logprobs_rv[rows], [sampler for _, sampler in sampled])
-    chosen_r = logprobs_rv.gather(1, ids_r[:, None])[:, 0]
-    return Chosen(ids_r.tolist(), chosen_r.tolist())
+    return score_tokens(logprobs_rv, ids_r, tops)
+
+
+def score_tokens(logprobs_rv: Tensor, ids_r: Tensor, tops: Sequence[int]) -> list[Score]:
+    """The scores of one given token of each row, with as many alternatives as ``tops`` says for the row."""
+    chosen = logprobs_rv.gather(1, ids_r[:, None])[:, 0].tolist()
+    most = min(max(tops, default=0), logprobs_rv.shape[1])
+    if not most:
+        return [Score(token_id, logprob, []) for token_id, logprob in zip(ids_r.tolist(), chosen, strict=True)]
+    best = logprobs_rv.topk(most, dim=-1)
+    rows = zip(ids_r.tolist(), chosen, best.indices.tolist(), best.values.tolist(), tops, strict=True)
+    return [
+        Score(token_id, logprob, list(zip(top_ids, top_logprobs, strict=True))[:top])
+        for token_id, logprob, top_ids, top_logprobs, top in rows
+    ]
 
 
 def _sample(logprobs_rv: Tensor, samplers: Sequence[Sampler]) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 # What decoding puts for bytes that are not (yet) a whole UTF-8 character.
 INCOMPLETE = "\ufffd"
+CONTEXT_IDS = 5  # of what a text continues, enough to decode its first token as in the middle of a text
 
 
 class Detokenizer:
@@ -14,11 +15,12 @@ class Detokenizer:
     write a token differently at the beginning of a text (the way of text-generation-inference).
     """
 
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+    def __init__(self, decode: Callable[[list[int]], str], before: Sequence[int] = ()) -> None:
+        """``before``: the ids that the text continues; they are not given out."""
         self._decode = decode
-        self._ids: list[int] = []
+        self._ids: list[int] = list(before[-CONTEXT_IDS:])
         self._context = 0  # where the re-decoded window begins
-        self._given = 0  # ids before this one have been given out
+        self._given = len(self._ids)  # ids before this one have been given out
 
     def add(self, token_id: int) -> str:
         """The text that this token completes; empty while a character is incomplete."""

@@ -5,7 +5,7 @@ HTTP status (422, 429) instead of 200 with an error event; clients read both.
 """
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 from services.contracts.chat import GenerateRequest, Json, TgiError
 from services.contracts.errors import FedwardError, Overloaded, RequestError
@@ -14,7 +14,6 @@ from services.inference.generation import Finish, Piece
 from services.inference.service import MAX_STOPS, InferenceService
 
 _REASONS = {Finish.END: "eos_token", Finish.STOP: "stop_sequence", Finish.LENGTH: "length"}
-Decode = Callable[[list[int]], str]
 
 
 def answer_body(pieces: Pieces, answer: Answer, request: GenerateRequest) -> Json:
@@ -98,7 +97,8 @@ def _details(pieces: Pieces, finish: Finish) -> Json:
 
 
 def _token(piece: Piece) -> Json:
-    return {"id": piece.token_id, "text": piece.text, "logprob": piece.logprob, "special": piece.special}
+    score = piece.score
+    return {"id": score.token_id, "text": piece.text, "logprob": score.logprob, "special": piece.special}
 
 
 def _event(content: Json) -> str:

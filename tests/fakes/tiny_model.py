@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from services.contracts.adapters import CONFIG, MANIFEST, WEIGHTS, AdapterManifest, file_sha256
+from services.contracts.adapters import CONFIG, CONFIG_PIN, MANIFEST, WEIGHTS, AdapterManifest, file_sha256
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
 TEMPLATE = (
@@ -71,8 +71,13 @@ def build_tiny_model(path: Path, *, seed: int = 0) -> Path:
     return path
 
 
-def build_tiny_adapter(path: Path, model: Path, *, seed: int, rank: int = 4, round_number: int = 1) -> str:
-    """Write a random LoRA adapter for the model at ``model`` to ``path``; the answer is its sha256."""
+def build_tiny_adapter(
+    path: Path, model: Path, *, seed: int, rank: int = 4, round_number: int = 1, pinned: bool = False
+) -> str:
+    """Write a random LoRA adapter for the model at ``model`` to ``path``; the answer is its sha256.
+
+    ``pinned``: its weights pin its configuration, as the trainer's do.
+    """
     path.mkdir(parents=True, exist_ok=True)
     base = LlamaForCausalLM.from_pretrained(model)
     generator = torch.Generator().manual_seed(seed)
@@ -83,9 +88,9 @@ def build_tiny_adapter(path: Path, model: Path, *, seed: int, rank: int = 4, rou
             prefix = f"base_model.model.{name}"
             weights[f"{prefix}.lora_A.weight"] = torch.randn(rank, module.in_features, generator=generator)
             weights[f"{prefix}.lora_B.weight"] = torch.randn(module.out_features, rank, generator=generator)
-    save_file(weights, path / WEIGHTS)
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["q_proj", "v_proj"]}
     (path / CONFIG).write_text(json.dumps(config))
+    save_file(weights, path / WEIGHTS, metadata={CONFIG_PIN: file_sha256(path / CONFIG)} if pinned else None)
     write_manifest(path, base_sha256=file_sha256(model / "model.safetensors"), round_number=round_number)
     return file_sha256(path / WEIGHTS)
 

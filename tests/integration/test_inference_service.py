@@ -4,8 +4,6 @@ import json
 import re
 import signal
 import socket
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -351,12 +349,13 @@ def test_adapter_is_loaded_released_rolled_back_and_unloaded(http: httpx.Client,
         adapter_text.json() != http.post("/generate", json={"inputs": "x", "parameters": {"max_new_tokens": 8}}).json()
     )
     activated = http.post("/v1/release", json={"lora_name": "r1", "sha256": sha256}).json()
-    assert activated == {"served_model": "fedward", "adapter": "r1", "sha256": sha256, "previous": "tiny"}
+    fields = {"served_model": "fedward", "adapter": "r1", "sha256": sha256, "previous": "tiny", "canary": None}
+    assert activated == fields
     assert text_of(http, "fedward") == text_of(http, "r1")
     refused = http.post("/v1/unload_lora_adapter", json={"lora_name": "r1"})
     assert (refused.status_code, "active release" in refused.json()["error"]["message"]) == (400, True)
     rolled_back = http.post("/v1/release/rollback").json()
-    assert rolled_back == {"served_model": "fedward", "adapter": None, "sha256": None, "previous": None}
+    assert rolled_back == fields | {"adapter": None, "sha256": None, "previous": None}
     assert rolled_back == http.get("/v1/release").json()
     assert text_of(http, "fedward")[1] == base_sha256(folder)
     assert http.post("/v1/release/rollback").status_code == 400
@@ -378,36 +377,6 @@ def test_adapter_that_cannot_be_loaded_is_refused(
 ) -> None:
     response = http.post("/v1/load_lora_adapter", json=body)
     assert (response.status_code, message in response.json()["error"]["message"]) == (status, True), response.text
-
-
-def test_swapping_adapters_under_load_never_mixes_them(http: httpx.Client, url: str) -> None:
-    """One name changes its weights all the time; each answer is wholly one adapter's and names it."""
-    shas = {load(http, "now", name): name for name in ("r1", "r2")}
-    wanted = {}
-    for sha256, name in shas.items():
-        load(http, "now", name)
-        wanted[sha256] = text_of(http, "now")[0]
-    assert len(set(wanted.values())) == 2
-    over = threading.Event()
-    seen: list[tuple[str, str]] = []
-
-    def ask() -> None:
-        with httpx.Client(base_url=url, timeout=20) as mine:
-            while not over.is_set():
-                seen.append(text_of(mine, "now"))
-
-    with ThreadPoolExecutor(4) as pool:
-        asking = [pool.submit(ask) for _ in range(4)]
-        swaps = 0
-        while swaps < 30 or len({sha256 for _, sha256 in list(seen)}) < 2:
-            load(http, "now", ("r1", "r2")[swaps % 2])
-            swaps += 1
-        over.set()
-        for call in asking:
-            call.result()
-    assert {sha256 for _, sha256 in seen} == set(wanted)
-    assert all(text == wanted[sha256] for text, sha256 in seen)
-    http.post("/v1/unload_lora_adapter", json={"lora_name": "now"})
 
 
 # Cancellation and shutdown
@@ -470,14 +439,12 @@ def test_command_serves_a_release_and_finishes_what_it_began_at_sigterm(folder: 
 )
 def test_command_that_cannot_start_says_why(
     folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     flags: list[str],
     code: int,
     message: str,
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["services.inference", "--model", str(folder / "tiny"), "--port", "0", *flags])
-    assert main() == code
+    assert main(["--model", str(folder / "tiny"), "--port", "0", *flags]) == code
     errors = capsys.readouterr().err.splitlines()
     assert errors[-1].startswith("error: ")
     assert message in errors[-1]

@@ -1,5 +1,6 @@
 """Adapters: merged as PEFT computes them, refused when anything is wrong, released and rolled back atomically."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from services.contracts.adapters import CONFIG, MANIFEST, WEIGHTS, LoadAdapterRequest, file_sha256
+from services.contracts.adapters import (
+    CONFIG,
+    MANIFEST,
+    WEIGHTS,
+    CanaryRequest,
+    LoadAdapterRequest,
+    check_config,
+    file_sha256,
+)
 from services.contracts.errors import AdapterError, AdapterHashMismatch, RequestError, UnknownModel
 from services.inference.adapters import Adapters
 from services.inference.generation import Variant
@@ -255,6 +264,7 @@ def test_release_is_activated_replaced_and_rolled_back(adapters: Adapters, model
         "adapter": "r2",
         "sha256": second,
         "previous": "r1",
+        "canary": None,
     }
     assert adapters.activate("r2", second).previous == "r1"  # doing it again changes nothing
     assert adapters.find("fedward").sha256 == second
@@ -263,6 +273,7 @@ def test_release_is_activated_replaced_and_rolled_back(adapters: Adapters, model
         "adapter": "r1",
         "sha256": first,
         "previous": None,
+        "canary": None,
     }
     assert adapters.find("fedward").sha256 == first
 
@@ -292,3 +303,53 @@ def test_replacing_a_name_leaves_the_release_as_it_was(adapters: Adapters, model
     assert adapters.find("now").sha256 == second
     assert adapters.find("fedward").sha256 == first
     assert adapters.release().sha256 == first
+
+
+def test_canary_gets_its_share_of_the_requests(adapters: Adapters, model_path: Path, tmp_path: Path) -> None:
+    sha256 = build(tmp_path, model_path)
+    load(adapters, "r1")
+    for percent in (1.0, 25.0, 100.0):
+        adapters.start_canary(CanaryRequest(lora_name="r1", sha256=sha256, percent=percent))
+        sides = [adapters.find("fedward", f"request-{n}").sha256 == sha256 for n in range(4000)]
+        assert 100 * sum(sides) / 4000 == pytest.approx(percent, abs=2)
+    assert adapters.find("fedward").sha256 == sha256
+    assert adapters.find("tiny", "request-1").sha256 != sha256
+
+
+def test_two_candidates_get_different_requests(adapters: Adapters, model_path: Path, tmp_path: Path) -> None:
+    def share(name: str, sha256: str) -> set[int]:
+        load(adapters, name)
+        adapters.start_canary(CanaryRequest(lora_name=name, sha256=sha256, percent=10))
+        return {n for n in range(500) if adapters.find("fedward", str(n)).name == name}
+
+    first = share("r1", build(tmp_path, model_path, "r1", 1))
+    second = share("r2", build(tmp_path, model_path, "r2", 2))
+    assert len(first & second) < min(len(first), len(second)) / 2
+
+
+def test_configuration_that_changes_after_the_check_is_noticed(
+    base: BaseModel, model_path: Path, tmp_path: Path
+) -> None:
+    sha256 = build_tiny_adapter(tmp_path / "r1", model_path, seed=1, pinned=True)
+    (tmp_path / "r1" / CONFIG).write_text(
+        (tmp_path / "r1" / CONFIG).read_text().replace('"lora_alpha": 8', '"lora_alpha": 80')
+    )
+    with pytest.raises(AdapterHashMismatch, match=r"adapter_model\.safetensors pins"):
+        merge_adapter(base.network, tmp_path / "r1", sha256)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"format": "pt"}])
+def test_adapter_of_another_writer_pins_nothing_and_is_taken(
+    adapters: Adapters, model_path: Path, tmp_path: Path, metadata: dict[str, str]
+) -> None:
+    build(tmp_path, model_path)
+    save_file(load_file(tmp_path / "r1" / WEIGHTS), tmp_path / "r1" / WEIGHTS, metadata=metadata)
+    write_manifest(tmp_path / "r1", base_sha256=file_sha256(model_path / "model.safetensors"))
+    assert load(adapters, "r1").sha256 == file_sha256(tmp_path / "r1" / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x08", b"\xff" * 9, b"\x02" + b"\0" * 7 + b"[]", (10**6).to_bytes(8, "little") + b"[" * 10**6]
+)
+def test_weights_that_are_no_safetensors_pin_nothing(tmp_path: Path, content: bytes) -> None:
+    check_config(tmp_path, io.BytesIO(content), b"{}")

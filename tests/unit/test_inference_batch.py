@@ -33,7 +33,7 @@ class Recorded:
 
     @property
     def ids(self) -> list[int]:
-        return [piece.token_id for piece in self.pieces]
+        return [piece.score.token_id for piece in self.pieces]
 
     @property
     def text(self) -> str:
@@ -110,7 +110,9 @@ def test_logprobs_do_not_depend_on_the_batch(base: BaseModel, make: Make) -> Non
     alone = make(prompts(8)[0])
     finish(base, together)
     finish(base, [alone])
-    assert [p.logprob for p in together[0].pieces] == pytest.approx([p.logprob for p in alone.pieces], abs=1e-4)
+    assert [p.score.logprob for p in together[0].pieces] == pytest.approx(
+        [p.score.logprob for p in alone.pieces], abs=1e-4
+    )
 
 
 def test_answers_join_and_leave_in_the_middle(base: BaseModel, make: Make) -> None:

@@ -73,9 +73,9 @@ def test_more_requests_than_places_are_all_answered_alike(base: BaseModel, varia
     for collected in many:
         engine.submit(collected.generation)
     assert all(collected.done.wait(10) for collected in many)
-    longest = [piece.token_id for piece in many[4].updates if isinstance(piece, Piece)]
+    longest = [piece.score.token_id for piece in many[4].updates if isinstance(piece, Piece)]
     for n, collected in enumerate(many):
-        assert [p.token_id for p in collected.updates if isinstance(p, Piece)] == longest[: 3 + n % 5]
+        assert [p.score.token_id for p in collected.updates if isinstance(p, Piece)] == longest[: 3 + n % 5]
     engine.stop()
 
 

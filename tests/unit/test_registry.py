@@ -15,7 +15,7 @@ import pytest
 from evaluation.compare import summarise_job
 from evaluation.run_folder import read_run_folder
 from services.common.http import ServiceClient
-from services.contracts.adapters import MANIFEST, WEIGHTS, read_manifest
+from services.contracts.adapters import CONFIG, MANIFEST, WEIGHTS, read_manifest
 from services.contracts.errors import (
     AdapterError,
     AdapterHashMismatch,
@@ -63,8 +63,16 @@ def test_what_is_written_is_read_back(adapter: Path) -> None:
 
 def test_same_weights_have_the_same_hash_whatever_their_order(adapter: Path, tmp_path: Path) -> None:
     turned = dict(reversed(ARRAYS.items()))
-    manifest = write_adapter(tmp_path / "other", turned, "{}", PROVENANCE)
+    manifest = write_adapter(tmp_path / "other", turned, '{"r": 2}', PROVENANCE)
     assert manifest.sha256 == read_manifest(adapter).sha256
+
+
+def test_other_configuration_gives_another_hash_and_is_noticed(adapter: Path, tmp_path: Path) -> None:
+    manifest = write_adapter(tmp_path / "other", ARRAYS, '{"r": 4}', PROVENANCE)
+    assert manifest.sha256 != read_manifest(adapter).sha256
+    (adapter / CONFIG).write_text('{"r": 4}')
+    with pytest.raises(AdapterHashMismatch, match=r"adapter_config\.json has sha256 .* but .* pins"):
+        read_adapter(adapter)
 
 
 def test_changed_weights_are_noticed(adapter: Path) -> None:
