@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,7 @@ class Stack:
 def gateway(inference_url: str, safety_url: str, limits: dict[str, Any] = PATIENT) -> AbstractContextManager[str]:
     """A gateway in a thread; gives its URL."""
     values = limits | {"inference_url": inference_url, "safety_url": safety_url, "held_limit_characters": 3000}
+    values |= {"served_model_name": "fake", "allowed_models": ("other", MARKER)}
     return serving(build_app(GatewaySettings(**values)))
 
 
@@ -73,6 +75,11 @@ def words(count: int, marker_at: int | None = None, *, sentence: int = 0) -> lis
     """``word0 word1 ...``, the marker as word ``marker_at``, a full stop after every ``sentence`` words."""
     names = [MARKER if i == marker_at else f"word{i}" for i in range(count)]
     return [f"{name}{'.' if sentence and i % sentence == sentence - 1 else ''} " for i, name in enumerate(names)]
+
+
+def by_sentence(length: int) -> Callable[[int], float]:
+    """Pauses after each sentence of so many words, so that no two wait for their checks at the same time."""
+    return lambda i: 0.05 if i % length == 0 else 0.0
 
 
 def assert_nothing_leaked(response: httpx.Response, full: str) -> str:

@@ -251,22 +251,24 @@ def test_generation_runs_beside_the_prompt_check_but_nothing_leaves_before_it(st
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"n": 2}, "n"),
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"logprobs": True}, "logprobs"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"new_field": {"note": [MARKER]}}, "new_field"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"n": "2"}, "n"),
+        ({"prompt_token_ids": [1, 2]}, "prompt_token_ids"),
+        ({"chat_template": "{{ 'a' ~ 'b' }}"}, "chat_template"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": " "}]}, "messages"),
         ({"messages": [{"role": "user", "content": "?!"}]}, "messages"),
         ({"messages": [{"role": "robot", "content": "hi"}]}, "messages.0.role"),
-        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages.0.tool_calls"),
+        ({"messages": [{"role": "user", "content": "hi", "audio": {"id": "1"}}]}, "messages.0.audio"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages.0.content.0"),
+        ({"messages": [{"role": "user", "content": [{"type": "file"}]}]}, "messages.0.content.0"),
         ({"messages": ["hi"]}, "messages.0"),
         ({"messages": [{"role": "user", "content": "hi"}] * 101}, "messages"),
         ({"messages": [{"role": "user", "content": "x" * 32_001}]}, "messages"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"model": None}, "model"),
+        ({"model": 7}, "model"),
     ],
 )
 def test_request_that_cannot_be_checked_is_refused_by_name(stack: Stack, fields: dict[str, Any], param: str) -> None:
@@ -298,8 +300,28 @@ def test_value_that_json_does_not_have_is_400(stack: Stack, extra: bytes) -> Non
 # The other routes, health and metrics
 
 
-def test_models_and_moderations_are_passed_through(stack: Stack) -> None:
-    assert stack.client.get("/v1/models").json()["data"][0]["id"] == "fake"
+def test_only_allowed_models_are_listed(stack: Stack) -> None:
+    card = {"id": "fake", "object": "model", "created": 1, "owned_by": "x"}
+    assert stack.client.get("/v1/models").json() == {"object": "list", "data": [card]}
+    assert stack.client.get("/v1/models/fake").json() == card
+    assert stack.client.get("/v1/models/secret").status_code == 404
+
+
+@pytest.mark.parametrize("name", ["secret", "adapter/of/somebody", ""])
+def test_model_that_is_not_allowed_is_404(stack: Stack, name: str) -> None:
+    response = stack.ask(model=name)
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"
+    assert stack.inference.requests == []
+
+
+@pytest.mark.parametrize("name", ["tgi", "dummy", None])
+def test_placeholder_means_the_served_model(stack: Stack, name: str | None) -> None:
+    assert stack.ask(model=name).status_code == 200
+    assert stack.inference.requests[0]["model"] == "fake"
+
+
+def test_moderations_are_passed_through(stack: Stack) -> None:
     assert stack.client.post("/v1/moderations", json={"input": MARKER}).json()["results"][0]["flagged"] is True
 
 
@@ -416,6 +438,8 @@ def test_process_serves_and_logs_no_text(stack: Stack, tmp_path: Path) -> None:
             "debug",
             "--check-deadline-ms",
             "2000",
+            "--served-model-name",
+            "fake",
         ]
         process = subprocess.Popen(
             [*command, "--inference-url", inference_url, "--safety-url", safety_url], stderr=stderr
