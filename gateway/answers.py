@@ -152,15 +152,14 @@ def texts_to_check(parts: Iterable[Part]) -> Iterator[str]:
 
 
 def token_texts(tokens: Iterable[Token], text: str) -> Iterator[str]:
-    """What the tokens show beside ``text``: the chosen ones where they say something else, and the alternatives.
+    """One text with what the tokens show beside ``text``: alternatives, and chosen ones that say something else.
 
-    Of the alternatives, those of one rank are put together, as somebody would read them.
+    Those of one rank are put together, as somebody would read them.
     """
-    ranks = ["".join(rank) for rank in zip_longest(*(token.texts for token in tokens), fillvalue="")]
-    if ranks and ranks[0] not in text:
-        yield ranks[0]
-    if ranks[1:]:
-        yield "\n".join(ranks[1:])
+    ranks = ("".join(rank) for rank in zip_longest(*(token.texts for token in tokens), fillvalue=""))
+    others = [rank for rank in ranks if rank not in text]
+    if others:
+        yield "\n".join(others)
 
 
 def blocked_note(decision: Decision) -> Json:

@@ -8,7 +8,7 @@ import re
 from collections import deque
 from typing import NamedTuple
 
-from gateway.answers import Part, Token, texts_to_check
+from gateway.answers import Part, Token, token_texts
 from gateway.asked import has_words
 
 # A full stop only counts with white space after it (3.14, example.org); full-width ones need none.
@@ -101,10 +101,13 @@ class Channel:
         self._note(part)
         self._last += part.text
 
-    def end(self) -> Part:
-        """All that has not been handed out."""
+    def end(self) -> Cut:
+        """All that has not been handed out, with all text of the channel."""
         text = self._wordless + self._segmenter.rest() + self._last
-        return Part(self._index, self._name, text, tuple(token for _, token in self._tokens))
+        tokens = tuple(token for _, token in self._tokens)
+        before = [token for _, token in self._context]
+        part = Part(self._index, self._name, text, tokens)
+        return Cut(part, [self.text, *token_texts([*before, *tokens], self.text)])
 
     def _note(self, part: Part) -> None:
         self.text += part.text
@@ -127,10 +130,5 @@ class Channel:
             self._context.popleft()
         self._context.extend(leaving)
         part = Part(self._index, self._name, text, tuple(token for _, token in leaving))
-        seen = Part(
-            self._index,
-            self._name,
-            self.text[start : self._cut_characters],
-            tuple(token for _, token in self._context),
-        )
-        return Cut(part, list(texts_to_check([seen])))
+        seen = self.text[start : self._cut_characters]
+        return Cut(part, [seen, *token_texts((token for _, token in self._context), seen)])

@@ -12,7 +12,7 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self
 
-from gateway.answers import Call, Event, Finish, Head, Part, Unit, texts_to_check, token_texts
+from gateway.answers import Call, Event, Finish, Head, Part, Unit, texts_to_check
 from gateway.policy import Decision
 from gateway.segments import Channel
 from gateway.settings import GatewaySettings
@@ -67,12 +67,11 @@ class _Choice:
                 self.add_call(part.channel, part.call)
             else:
                 self.channel(part.channel).hold(part)
-        rest = [channel.end() for channel in self.channels.values()]
+        cuts = [channel.end() for channel in self.channels.values()]
         calls = [Part.of_call(self._index, channel, call) for (channel, _), call in self._calls.items()]
-        texts = [channel.text for channel in self.channels.values()]
-        texts += [text for part in rest for text in token_texts(part.tokens, part.text)]
-        texts += texts_to_check(calls)
-        leaving = tuple(part for part in (*rest, *calls) if part.text or part.tokens)
+        texts = [text for cut in cuts for text in cut.texts] + list(texts_to_check(calls))
+        parts = (*(cut.part for cut in cuts), *calls)
+        leaving = tuple(part for part in parts if part.text or part.tokens)
         return Unit(self._index, leaving, finish), texts
 
 

@@ -220,7 +220,7 @@ def test_tokens_leave_with_the_text_that_they_end_in() -> None:
         ("Two. ", ["One. T", "wo. "]),
         ("Three", ["Three"]),
     ]
-    assert seen == [["One. "], ["One. Two. ", "ab"], ["One. Two. Three", "c"]]
+    assert seen == [["One. "], ["One. Two. ", "ab"], ["One. Two. Three", "abc"]]
 
 
 def test_dropped_choice_ends_and_the_others_go_on() -> None:
