@@ -8,11 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
-from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HfHubHTTPError
-from openai.types.chat import ChatCompletionMessageParam
 from prometheus_client import REGISTRY
 
 from tests.fakes.gateway_stack import (
@@ -353,73 +349,6 @@ def test_metrics_count_decisions_and_show_that_nothing_left_unchecked(stack: Sta
     text = stack.client.get("/metrics").text
     assert f"{UNCHECKED} {REGISTRY.get_sample_value(UNCHECKED)}" in text
     assert "fedward_gateway_check_seconds_count" in text
-
-
-# OpenAI's and Hugging Face's own clients
-
-
-HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hello"}]
-UNSAFE: list[ChatCompletionMessageParam] = [{"role": "user", "content": MARKER}]
-
-
-def test_openai_client(stack: Stack) -> None:
-    with openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0) as client:
-        answer = client.chat.completions.create(model="fake", messages=HELLO)
-        assert answer.choices[0].message.content == BLAND
-        blocked = client.chat.completions.create(model="fake", messages=UNSAFE)
-        assert blocked.choices[0].finish_reason == "content_filter"
-        assert blocked.model_extra is not None
-        assert blocked.model_extra["fedward"]["blocked"] is True
-        assert [model.id for model in client.models.list()] == ["fake"]
-        assert client.moderations.create(input="fine").results[0].flagged is False
-        with pytest.raises(openai.NotFoundError):
-            client.chat.completions.create(model="other", messages=HELLO)
-        stack.break_safety("hang", "prompt")
-        with pytest.raises(openai.InternalServerError):
-            client.chat.completions.create(model="fake", messages=HELLO)
-
-
-def test_openai_client_stream(stack: Stack) -> None:
-    with openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0) as client:
-        stack.answer(words(60, sentence=6), usage=True)
-        chunks = list(client.chat.completions.create(model="fake", messages=HELLO, stream=True))
-        assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == stack.inference.text
-        assert chunks[-1].usage is not None
-        stack.answer(words(60, 25, sentence=6))
-        chunks = list(client.chat.completions.create(model="fake", messages=HELLO, stream=True))
-        assert chunks[-1].choices[0].finish_reason == "content_filter"
-        stack.answer(words(12, sentence=3))
-        stack.break_safety("500", "response", text="word6")
-        with pytest.raises(openai.APIError, match="safety: answered HTTP 500"):
-            list(client.chat.completions.create(model="fake", messages=HELLO, stream=True))
-
-
-ASKED = [{"role": "user", "content": "Hello"}]
-
-
-def test_hugging_face_client(stack: Stack) -> None:
-    client = InferenceClient(base_url=stack.url)
-    answer = client.chat_completion(ASKED, model="fake", max_tokens=9, temperature=0.5, seed=1)
-    assert answer.choices[0].message.content == BLAND
-    blocked = client.chat_completion([{"role": "user", "content": MARKER}], model="fake")
-    assert blocked.choices[0].finish_reason == "content_filter"
-    with pytest.raises(HfHubHTTPError, match="404"):
-        client.chat_completion(ASKED, model="other")
-    stack.break_safety("500", "prompt")
-    with pytest.raises(HfHubHTTPError, match="503"):
-        client.chat_completion(ASKED, model="fake")
-
-
-def test_hugging_face_client_stream(stack: Stack) -> None:
-    client = InferenceClient(base_url=stack.url)
-    stack.answer(words(60, sentence=6))
-    chunks = list(client.chat_completion(ASKED, model="fake", stream=True))
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == stack.inference.text
-    assert chunks[-1].choices[0].finish_reason == "stop"
-    stack.answer(words(60, 25, sentence=6))
-    chunks = list(client.chat_completion(ASKED, model="fake", stream=True))
-    assert chunks[-1].choices[0].finish_reason == "content_filter"
-    assert MARKER not in "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
 
 
 # The process
