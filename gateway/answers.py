@@ -45,7 +45,10 @@ class Head:
 
 
 class Token(NamedTuple):
-    """What is told about one token, as it leaves; and its texts: the chosen one, then the alternatives by rank."""
+    """What is told about one token, as it leaves; and its texts: the chosen one, then the alternatives by rank.
+
+    A token that is a part of a character has its bytes as text, escaped as Python's ``surrogateescape`` does.
+    """
 
     shape: Json
     texts: tuple[str, ...]
@@ -156,10 +159,15 @@ def token_texts(tokens: Iterable[Token], text: str) -> Iterator[str]:
 
     Those of one rank are put together, as somebody would read them.
     """
-    ranks = ("".join(rank) for rank in zip_longest(*(token.texts for token in tokens), fillvalue=""))
+    ranks = (_joined(rank) for rank in zip_longest(*(token.texts for token in tokens), fillvalue=""))
     others = [rank for rank in ranks if rank not in text]
     if others:
         yield "\n".join(others)
+
+
+def _joined(texts: Iterable[str]) -> str:
+    """Texts of tokens as one text; parts of a character, which are escaped bytes, become the character."""
+    return "".join(texts).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def blocked_note(decision: Decision) -> Json:

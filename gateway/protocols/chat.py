@@ -34,7 +34,7 @@ from gateway.asked import (
     strings_in,
 )
 from gateway.protocols import openai_fields
-from gateway.protocols.openai_fields import AnswerHead, choices_asked, headed, other_fields
+from gateway.protocols.openai_fields import AnswerHead, choices_asked, headed, other_fields, token_text
 from gateway.settings import GatewaySettings
 from services.contracts.chat import ChatMessage, ChatRequest, Json, Usage
 from services.contracts.constitution import describe
@@ -145,9 +145,12 @@ class _Candidate(BaseModel):
     logprob: float
     bytes: list[int] | None = None
 
+    def text(self) -> str:
+        return token_text(self.token)
+
     def shape(self) -> Json:
         """As it leaves. The bytes only where they are the token's own: any others are text that nobody checked."""
-        own = list(self.token.encode())
+        own = list(self.text().encode("utf-8", "surrogateescape"))
         return {"token": self.token, "logprob": self.logprob, "bytes": own if self.bytes == own else None}
 
 
@@ -156,7 +159,7 @@ class _Token(_Candidate):
 
     def read(self) -> Token:
         shape = self.shape() | {"top_logprobs": [candidate.shape() for candidate in self.top_logprobs]}
-        return Token(shape, (self.token, *(candidate.token for candidate in self.top_logprobs)))
+        return Token(shape, (self.text(), *(candidate.text() for candidate in self.top_logprobs)))
 
 
 class _Logprobs(BaseModel):

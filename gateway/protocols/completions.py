@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from gateway.answers import CONTENT, Event, Finish, Head, Part, Sent, Token, Unit, blocked_event_note, blocked_notes
 from gateway.asked import Asked, Kind, Turn, check_length, encode_body, has_words, resolve_model
 from gateway.protocols import openai_fields
-from gateway.protocols.openai_fields import AnswerHead, choices_asked, headed, other_fields
+from gateway.protocols.openai_fields import AnswerHead, choices_asked, headed, other_fields, token_text
 from gateway.settings import GatewaySettings
 from services.contracts.chat import Json, Usage
 from services.contracts.errors import RequestError
@@ -69,7 +69,7 @@ class _Logprobs(BaseModel):
         columns = (self.token_logprobs or (), self.top_logprobs or (), self.text_offset or ())
         for token, logprob, top, offset in zip_longest(self.tokens, *columns):
             shape = {"tokens": token or "", "token_logprobs": logprob, "top_logprobs": top, "text_offset": offset}
-            yield Token(shape, (token or "", *(top or ())))
+            yield Token(shape, tuple(token_text(name) for name in (token or "", *(top or ()))))
 
 
 class _Choice(BaseModel):

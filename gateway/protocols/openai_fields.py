@@ -1,5 +1,7 @@
 """What chat and text completions have in common: the fields of a request, the head of an answer, errors."""
 
+import re
+
 from pydantic import BaseModel
 
 from gateway.answers import Head, checked_name
@@ -25,6 +27,7 @@ REFUSED_FIELDS = (
     "prompt_token_ids",
     "video_data",
 )
+_BYTES = re.compile(r"bytes:((?:\\x[0-9a-fA-F]{2})+)")
 # Texts that the model does not read.
 _NOT_READ = ("adapter_id", "model", "stop", "stream_options")
 
@@ -58,6 +61,12 @@ def choices_asked(fields: Json) -> int:
     if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= MAX_CHOICES:
         raise RequestError(f"n: has to be a number from 1 to {MAX_CHOICES}", param="n")
     return n
+
+
+def token_text(name: str) -> str:
+    """The text of a token as OpenAI writes it; of ``bytes:\\xe6\\x9d``, a part of a character, the escaped bytes."""
+    match = _BYTES.fullmatch(name)
+    return bytes.fromhex(match[1].replace("\\x", "")).decode("utf-8", "surrogateescape") if match else name
 
 
 class AnswerHead(BaseModel):
