@@ -15,9 +15,9 @@ MAX_CHOICES = 128  # OpenAI's own limit of n
 PLACEHOLDERS = (None, "dummy", "tgi")
 # Words of the protocols and of JSON Schema. They say nothing by themselves, and would bury the text between them.
 _PROTOCOL_WORDS = {
-    *("additionalProperties", "array", "auto", "boolean", "default", "description", "enum", "function", "integer"),
-    *("items", "json", "json_object", "json_schema", "name", "none", "null", "number", "object", "parameters"),
-    *("properties", "regex", "required", "schema", "strict", "string", "text", "title", "type", "value"),
+    *("additionalProperties", "arguments", "array", "auto", "boolean", "default", "description", "enum", "function"),
+    *("id", "integer", "items", "json", "json_object", "json_schema", "name", "none", "null", "number", "object"),
+    *("parameters", "properties", "regex", "required", "schema", "strict", "string", "text", "title", "type", "value"),
 }
 
 
@@ -89,7 +89,7 @@ def _decoded(text: str) -> Any:
 
 
 def given(*values: Any) -> Turn:
-    """What stands in fields beside the messages, as one text."""
+    """What stands in other fields than those of the plain text, as one text."""
     texts = (text for text in strings_in(*values) if text not in _PROTOCOL_WORDS and has_words(text))
     return Turn(Kind.GIVEN, "\n".join(texts))
 

@@ -28,10 +28,10 @@ from gateway.asked import (
     Turn,
     check_length,
     encode_body,
+    given,
     has_words,
     last_prompt,
     resolve_model,
-    strings_in,
 )
 from gateway.protocols import openai_fields
 from gateway.protocols.openai_fields import AnswerHead, choices_asked, headed, other_fields, token_text
@@ -88,9 +88,9 @@ def read(raw: Json, settings: GatewaySettings) -> Asked:
 
 def _turn(message: ChatMessage) -> Turn:
     """All text of a message as one turn."""
-    texts = (text for text in strings_in(message.model_extra) if text not in MESSAGE_FIELDS)
-    text = "\n".join([message.content or "", *texts]) if message.model_extra else message.content or ""
-    return Turn(_KINDS.get(message.role, Kind.ASKED), text)
+    kind, content = _KINDS.get(message.role, Kind.ASKED), message.content or ""
+    others = given(*message.model_extra.values()).text if message.model_extra else ""
+    return Turn(kind, "\n".join(text for text in (content, others) if text))
 
 
 def _plain_message(index: int, message: Any) -> Any:

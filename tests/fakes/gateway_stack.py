@@ -77,6 +77,21 @@ def words(count: int, marker_at: int | None = None, *, sentence: int = 0) -> lis
     return [f"{name}{'.' if sentence and i % sentence == sentence - 1 else ''} " for i, name in enumerate(names)]
 
 
+# Answers with the marker in every position that a cut could get wrong.
+LEAK_CASES: dict[str, list[str]] = {
+    "word 26 of 60": words(60, 25),
+    "word 26 of 60, in sentences": words(60, 25, sentence=6),
+    "first word": words(60, 0, sentence=6),
+    "last word": [*words(59, sentence=6), MARKER],
+    "last word of a sentence": [*words(20, sentence=6), f"{MARKER}.", " word. "],
+    "split over two chunks": [*words(25, sentence=6), MARKER[:4], MARKER[4:] + " ", *words(20)],
+    "letter by letter": list("".join(words(60, 25, sentence=6))),
+    "across the length limit": ["a" * 190 + " ", *MARKER, " ", *words(20)],
+    "across the length limit, one chunk": ["b" * 95 + " " + "a" * 98 + " " + MARKER + " " + "c" * 50, *words(20)],
+    "all in one chunk": ["".join(words(60, 25, sentence=6))],
+}
+
+
 def by_sentence(length: int) -> Callable[[int], float]:
     """Pauses after each sentence of so many words, so that no two wait for their checks at the same time."""
     return lambda i: 0.05 if i % length == 0 else 0.0

@@ -12,6 +12,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from tests.fakes.gateway_stack import (
+    LEAK_CASES,
     UNCHECKED,
     Stack,
     assert_nothing_leaked,
@@ -93,20 +94,6 @@ def test_empty_answer_ends_normally(stack: Stack) -> None:
 
 
 # The marker in the answer
-
-
-LEAK_CASES = {
-    "word 26 of 60": words(60, 25),
-    "word 26 of 60, in sentences": words(60, 25, sentence=6),
-    "first word": words(60, 0, sentence=6),
-    "last word": [*words(59, sentence=6), MARKER],
-    "last word of a sentence": [*words(20, sentence=6), f"{MARKER}.", " word. "],
-    "split over two chunks": [*words(25, sentence=6), MARKER[:4], MARKER[4:] + " ", *words(20)],
-    "letter by letter": list("".join(words(60, 25, sentence=6))),
-    "across the length limit": ["a" * 190 + " ", *MARKER, " ", *words(20)],
-    "across the length limit, one chunk": ["b" * 95 + " " + "a" * 98 + " " + MARKER + " " + "c" * 50, *words(20)],
-    "all in one chunk": ["".join(words(60, 25, sentence=6))],
-}
 
 
 @pytest.mark.parametrize("case", LEAK_CASES)

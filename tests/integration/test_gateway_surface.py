@@ -7,9 +7,8 @@ import httpx
 import pytest
 
 from tests.fakes.gateway_protocols import CHAT, COMPLETIONS, SPEAKERS, TGI, TGI_ROOT, Speaker
-from tests.fakes.gateway_stack import Stack, by_sentence, events, wait_for, words
+from tests.fakes.gateway_stack import LEAK_CASES, Stack, by_sentence, events, wait_for, words
 from tests.fakes.gateway_upstreams import BLAND, MARKER
-from tests.integration.test_gateway import LEAK_CASES
 
 REFUSAL = "I'm sorry, but I can't help with that."
 by_name = pytest.mark.parametrize("speaker", SPEAKERS, ids=lambda speaker: speaker.name)
