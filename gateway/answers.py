@@ -1,99 +1,198 @@
-"""What a client gets: completions, chunks, and what stands in place of a blocked answer.
+"""What is answered, in one shape for every protocol: read from upstream, checked, and written for the client.
 
-Everything that leaves is built here from named fields, so that a field which nobody checked (reasoning, tool calls,
-log-probabilities) cannot slip through from upstream. The few names among them have to look like names.
+Everything that leaves is built from these fields, so that a field which nobody checked cannot slip through from
+upstream. The few names among them have to look like names.
 """
 
 import re
 import time
 import uuid
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import NamedTuple
 
-from gateway.chat import Chat
+from gateway.asked import strings_in
 from gateway.policy import Decision
-from services.contracts.chat import ChatChunk, ChatCompletion, Json, Usage
+from services.contracts.chat import Json, Usage
 from services.contracts.errors import ErrorDetail, UpstreamUnavailable
 
-REFUSAL = "I'm sorry, but I can't help with that."
+CONTENT = "content"  # the channel of the answer itself; others are reasoning, refusal and calls
+BLOCKED = "content_filter"
 _NAME = re.compile(r"[A-Za-z0-9._:/@+-]{1,200}")
+
+
+def checked_name(name: str) -> str:
+    """An id or a name as the inference service gave it; raises UpstreamUnavailable when it is something else."""
+    if name and not _NAME.fullmatch(name):
+        raise UpstreamUnavailable("inference", "sent text where the id or name of an answer should be")
+    return name
 
 
 @dataclass(frozen=True)
 class Head:
-    """The fields that every part of one answer repeats."""
+    """The fields that every part of one OpenAI answer repeats."""
 
     id: str
     created: int
     model: str
-    system_fingerprint: str | None
+    system_fingerprint: str | None = None
 
     @classmethod
-    def of(cls, answer: ChatCompletion | ChatChunk) -> "Head":
-        """As the inference service gave them; raises UpstreamUnavailable when it gave something else than names."""
-        for name in (answer.id, answer.model, answer.system_fingerprint):
-            if name and not _NAME.fullmatch(name):
-                raise UpstreamUnavailable("inference", "sent text where the id or name of an answer should be")
-        return cls(answer.id, answer.created, answer.model, answer.system_fingerprint)
-
-    @classmethod
-    def own(cls, chat: Chat) -> "Head":
+    def own(cls, prefix: str, model: str) -> "Head":
         """For an answer that the inference service had no part in."""
-        return cls(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), chat.model, None)
+        return cls(f"{prefix}{uuid.uuid4().hex}", int(time.time()), model)
 
 
-def completion(head: Head, text: str, finish_reason: str, usage: Usage) -> Json:
-    """A whole answer, as OpenAI shapes it."""
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": text},
-        "finish_reason": finish_reason,
-        "logprobs": None,
-    }
-    return _headed(head, "chat.completion") | {"choices": [choice], "usage": usage.model_dump()}
+class Token(NamedTuple):
+    """What is told about one token, as it leaves; and its texts: the chosen one, then the alternatives by rank.
 
-
-def blocked_completion(head: Head, decision: Decision, usage: Usage) -> Json:
-    """The answer in place of one that is blocked: a normal 200 with OpenAI's ``content_filter``, marked as ours."""
-    return completion(head, REFUSAL, "content_filter", usage) | {"fedward": _blocked(decision)}
-
-
-def chunk(head: Head, text: str | None = None, *, first: bool = False, finish_reason: str | None = None) -> Json:
-    """One event of a streamed answer; the first one names the role."""
-    delta = ({"role": "assistant"} if first else {}) | ({} if text is None else {"content": text})
-    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
-    return _headed(head, "chat.completion.chunk") | {"choices": [choice]}
-
-
-def blocked_chunk(head: Head, decision: Decision, *, first: bool) -> Json:
-    """The event that ends a blocked stream.
-
-    The error object stands inside ``fedward``: at the top level OpenAI's clients would raise it as a failure and
-    their callers would never see ``finish_reason``.
+    A token that is a part of a character has its bytes as text, escaped as Python's ``surrogateescape`` does.
     """
-    error = ErrorDetail(message=decision.reason, type="content_filter", code="content_filter").model_dump()
-    event = chunk(head, REFUSAL if first else None, first=first, finish_reason="content_filter")
-    return event | {"fedward": _blocked(decision) | {"error": error}}
+
+    shape: Json
+    texts: tuple[str, ...]
 
 
-def usage_chunk(head: Head, usage: Usage) -> Json:
-    """The event with the token counts, which OpenAI sends last."""
-    return _headed(head, "chat.completion.chunk") | {"choices": [], "usage": usage.model_dump()}
+class Call(NamedTuple):
+    """A call of a function, or a piece of one; ``position`` is None for the older ``function_call``."""
+
+    position: int | None
+    id: str
+    name: str
+    arguments: str
+
+    def joined(self, more: "Call") -> "Call":
+        """This piece and the one after it."""
+        return Call(self.position, self.id or more.id, self.name + more.name, self.arguments + more.arguments)
 
 
-def _headed(head: Head, kind: str) -> Json:
-    return {
-        "id": head.id,
-        "object": kind,
-        "created": head.created,
-        "model": head.model,
-        "system_fingerprint": head.system_fingerprint,
-    }
+@dataclass(frozen=True)
+class Part:
+    """Some text of one channel of one choice, with what is told about the tokens that end in it, or a call."""
+
+    index: int
+    channel: str
+    text: str
+    tokens: tuple[Token, ...] = ()
+    call: Call | None = None
+
+    @classmethod
+    def of_call(cls, index: int, channel: str, call: Call) -> "Part":
+        """A call, or a piece of one; its text is what is checked."""
+        return cls(index, channel, f"{call.name}\n{call.arguments}", call=call)
 
 
-def _blocked(decision: Decision) -> Json:
+@dataclass(frozen=True)
+class Finish:
+    """How a choice ended, in the protocol's own word, and the numbers that TGI tells of it."""
+
+    reason: str
+    facts: Json = field(default_factory=dict)
+
+
+class Event(NamedTuple):
+    """What one event of a stream brings, or all of a whole answer."""
+
+    head: Head | None
+    parts: list[Part]
+    finishes: dict[int, Finish]
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is decided on as one and then leaves as one; the last unit of a choice has its ``finish``."""
+
+    index: int
+    parts: tuple[Part, ...]
+    finish: Finish | None = None
+    blocked: Decision | None = None
+
+    def text(self, channel: str = CONTENT) -> str:
+        """The text of one channel."""
+        return "".join(part.text for part in self.parts if part.channel == channel)
+
+    def tokens(self) -> list[Token]:
+        """All tokens that leave with it."""
+        return [token for part in self.parts for token in part.tokens]
+
+
+@dataclass
+class Sent:
+    """What has left of one choice so far."""
+
+    started: bool = False
+    text: str = ""
+    tokens: int = 0
+
+    def add(self, unit: Unit) -> None:
+        """Note that ``unit`` has left."""
+        self.started = True
+        self.text += unit.text()
+        self.tokens += len(unit.tokens())
+
+
+def whole_units(event: Event, choices: int) -> list[Unit]:
+    """A whole answer, one unit for each choice; raises UpstreamUnavailable unless as many came as were asked for."""
+    if sorted(event.finishes) != list(range(choices)) or any(part.index not in event.finishes for part in event.parts):
+        raise UpstreamUnavailable("inference", f"gave {len(event.finishes)} answers where {choices} were asked for")
+    return [
+        Unit(index, tuple(part for part in event.parts if part.index == index), event.finishes[index])
+        for index in range(choices)
+    ]
+
+
+def texts_to_check(parts: Iterable[Part]) -> Iterator[str]:
+    """Every text that the parts would show."""
+    for part in parts:
+        yield part.text
+        if part.call:
+            meant = "\n".join(strings_in(part.call.arguments))
+            if meant != part.call.arguments:
+                yield meant
+        yield from token_texts(part.tokens, part.text)
+
+
+def token_texts(tokens: Iterable[Token], text: str) -> Iterator[str]:
+    """One text with what the tokens show beside ``text``: alternatives, and chosen ones that say something else.
+
+    Those of one rank are put together, as somebody would read them.
+    """
+    ranks = (_joined(rank) for rank in zip_longest(*(token.texts for token in tokens), fillvalue=""))
+    others = [rank for rank in ranks if rank not in text]
+    if others:
+        yield "\n".join(others)
+
+
+def _joined(texts: Iterable[str]) -> str:
+    """Texts of tokens as one text; parts of a character, which are escaped bytes, become the character."""
+    return "".join(texts).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def blocked_note(decision: Decision) -> Json:
+    """What the client is told about an answer, or a choice of it, that was blocked."""
     return {
         "blocked": True,
         "direction": decision.direction.value,
         "categories": list(decision.categories),
         "reason": decision.reason,
     }
+
+
+def blocked_event_note(decision: Decision) -> Json:
+    """The same in a stream, with an error object.
+
+    It stands inside ``fedward``: at the top level clients would raise it as a failure, and their callers would never
+    see how the answer ended.
+    """
+    error = ErrorDetail(message=decision.reason, type=BLOCKED, code=BLOCKED).model_dump()
+    return blocked_note(decision) | {"error": error}
+
+
+def blocked_notes(units: Iterable[Unit]) -> Json:
+    """The note on a whole answer of which some choices are blocked, to be added to its body."""
+    blocked = [(unit.index, unit.blocked) for unit in units if unit.blocked]
+    if not blocked:
+        return {}
+    return {"fedward": blocked_note(blocked[0][1]) | {"choices": [index for index, _ in blocked]}}

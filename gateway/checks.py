@@ -1,7 +1,18 @@
-"""What is put before the classifier: every text of the conversation, cut into windows of bounded length."""
+"""What is put before the classifier, and how: every text, in windows of bounded length, in as few calls as possible."""
 
-from gateway.chat import Chat, has_words
-from services.contracts.verdicts import ClassifyItem
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from gateway.asked import Asked, Kind, has_words
+from gateway.metrics import DECISIONS
+from gateway.policy import Action, Decision, Direction, Policy, decide
+from services.common.logs import get_logger
+from services.contracts.errors import FedwardError
+from services.contracts.verdicts import ClassifyItem, Verdict
+
+Classify = Callable[[Sequence[ClassifyItem], Direction], Awaitable[list[Verdict]]]
+MAX_ITEMS = 64  # in one call, unless a single text needs more: the safety service takes 256
 
 
 def windows(text: str, size: int) -> list[str]:
@@ -15,33 +26,116 @@ def windows(text: str, size: int) -> list[str]:
     return [text[start : start + size] for start in range(0, len(text) - size // 4, step)]
 
 
-def prompt_items(chat: Chat, size: int) -> list[ClassifyItem]:
-    """All that the client sent: each message by itself, then all that is not an answer as one text.
+def prompt_items(asked: Asked, size: int) -> list[ClassifyItem]:
+    """All that the client sent: each turn by itself, then all that is not an answer as one text.
 
     Each by itself, so that a long harmless conversation does not hide one harmful message, and a polite last turn
     does not hide an earlier one; as one text, so that nothing hides in pieces. An assistant turn is judged as the
     answer to what stands before it. A text without words is only judged with the others: alone it has no verdict.
     """
     items: list[ClassifyItem] = []
-    asked: list[str] = []
+    read: list[str] = []
     before = ""
-    for message in chat.messages:
-        text = message.content or ""
-        if not text.strip():
+    for turn in asked.turns:
+        if not turn.text.strip():
             continue
-        if not has_words(text):
-            asked.append(text)
-        elif message.role == "assistant" and before:
-            items += [ClassifyItem(prompt=before, response=part) for part in windows(text, size)]
+        if not has_words(turn.text):
+            read.append(turn.text)
+        elif turn.kind is Kind.ANSWERED and before:
+            items += [ClassifyItem(prompt=before, response=part) for part in windows(turn.text, size)]
         else:
-            items += [ClassifyItem(prompt=part) for part in windows(text, size)]
-            asked.append(text)
-            before = text[-size:]
-    if len(asked) > 1:
-        items += [ClassifyItem(prompt=part) for part in windows("\n".join(asked), size)]
+            items += [ClassifyItem(prompt=part) for part in windows(turn.text, size)]
+            read.append(turn.text)
+            if turn.kind is Kind.ASKED:
+                before = turn.text[-size:]
+    if len(read) > 1:
+        items += [ClassifyItem(prompt=part) for part in windows("\n".join(read), size)]
     return items
 
 
-def response_items(chat: Chat, answer: str, size: int) -> list[ClassifyItem]:
-    """An answer, or a part of one, with the prompt that it answers; no items when there is no text in it."""
-    return [ClassifyItem(prompt=chat.prompt[-size:], response=part) for part in windows(answer, size)]
+def response_items(prompt: str, texts: Iterable[str], size: int) -> list[ClassifyItem]:
+    """Texts of an answer with the prompt that it answers; no items when there is nothing but white space in them."""
+    return [ClassifyItem(prompt=prompt[-size:], response=part) for text in texts for part in windows(text, size)]
+
+
+@dataclass(eq=False)
+class _Job:
+    items: Sequence[ClassifyItem]
+    verdicts: asyncio.Future[list[Verdict]]
+
+
+class Checker:
+    """The checks of one request. What waits for its check at the same time goes to the classifier in one call.
+
+    Args:
+        classify: one verdict per item; raises FedwardError.
+        policy: what verdicts lead to.
+        in_flight: calls that may run at once.
+    """
+
+    def __init__(self, classify: Classify, policy: Policy, in_flight: int) -> None:
+        self._classify = classify
+        self._policy = policy
+        self._slots = asyncio.Semaphore(in_flight)
+        self._waiting: list[_Job] = []
+
+    async def decide(self, items: Sequence[ClassifyItem], direction: Direction) -> Decision:
+        """Classify and decide; no verdict is an error, never an allowance."""
+        if not items:  # white space only: there is nothing to judge
+            return Decision(Action.ALLOW, direction)
+        try:
+            verdicts = await (self._prompt(items) if direction is Direction.PROMPT else self._together(items))
+            decision = decide(verdicts, direction, self._policy)
+        except FedwardError as error:
+            DECISIONS.labels(direction.value, "unavailable").inc()
+            get_logger().warning("check failed", direction=direction.value, error=error.message)
+            raise
+        DECISIONS.labels(direction.value, decision.action.value).inc()
+        if not decision.allowed:
+            get_logger().info("refused", direction=direction.value, categories=decision.categories)
+        return decision
+
+    def _prompt(self, items: Sequence[ClassifyItem]) -> Awaitable[list[Verdict]]:
+        return self._classify(items, Direction.PROMPT)
+
+    async def _together(self, items: Sequence[ClassifyItem]) -> list[Verdict]:
+        """Verdicts on parts of the answer. Whoever gets a slot takes along all that wait."""
+        job = _Job(items, asyncio.get_running_loop().create_future())
+        self._waiting.append(job)
+        await asyncio.sleep(0)  # what was cut from the same piece is put in line now
+        async with self._slots:
+            if job in self._waiting:
+                await self._run(self._take())
+        return await job.verdicts
+
+    def _take(self) -> list[_Job]:
+        """The first jobs in line, as many as fit into one call."""
+        taken, size = 0, 0
+        while taken < len(self._waiting) and (not taken or size + len(self._waiting[taken].items) <= MAX_ITEMS):
+            size += len(self._waiting[taken].items)
+            taken += 1
+        jobs, self._waiting = self._waiting[:taken], self._waiting[taken:]
+        return jobs
+
+    async def _run(self, jobs: Sequence[_Job]) -> None:
+        try:
+            verdicts = await self._classify([item for job in jobs for item in job.items], Direction.RESPONSE)
+        except BaseException as error:
+            for job in jobs:
+                _fail(job.verdicts, error)
+            if not isinstance(error, FedwardError):
+                raise
+            return
+        for job in jobs:
+            if not job.verdicts.done():
+                job.verdicts.set_result(verdicts[: len(job.items)])
+            verdicts = verdicts[len(job.items) :]
+
+
+def _fail(verdicts: asyncio.Future[list[Verdict]], error: BaseException) -> None:
+    """Pass an error on. A cancellation stays one; an error that nobody asks for is no complaint."""
+    if isinstance(error, asyncio.CancelledError):
+        verdicts.cancel()
+    elif not verdicts.done():
+        verdicts.set_exception(error)
+        verdicts.exception()

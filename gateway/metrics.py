@@ -1,5 +1,7 @@
 """What the gateway counts, beside the metrics that every process has; and the tripwire behind its main promise."""
 
+from collections import Counter as Counts
+
 from prometheus_client import Counter, Histogram
 
 from gateway.policy import Decision, Direction
@@ -23,6 +25,9 @@ UPSTREAM_CANCELLATIONS = Counter(
     "fedward_gateway_upstream_cancellations_total", "Generations that were stopped before they had ended"
 )
 
+Lane = tuple[int, str]  # a choice's index and one of its channels
+_MAIN: Lane = (0, "content")
+
 
 class UncheckedRelease(RuntimeError):
     """Text was about to leave without a verdict: a bug in the gateway, and the answer is withheld."""
@@ -31,27 +36,32 @@ class UncheckedRelease(RuntimeError):
 class Ledger:
     """Bookkeeping for one answer, kept apart from the code that releases text, so that a bug there is caught.
 
-    Only decisions move it forward; ``release`` refuses what they do not cover.
+    Only decisions move it forward; ``release`` refuses what they do not cover. Each channel of each choice has its own
+    account, and a choice that was refused releases nothing more.
     """
 
     def __init__(self) -> None:
-        self.prompt_allowed = False
-        self.checked_characters = 0
-        self.released_characters = 0
+        self._prompt_allowed = False
+        self._checked: Counts[Lane] = Counts()
+        self._released: Counts[Lane] = Counts()
+        self._refused: set[int] = set()
 
-    def record(self, decision: Decision, characters: int = 0) -> None:
-        """Note what was decided on the prompt, or on the next ``characters`` of the answer."""
+    def record(self, decision: Decision, characters: int = 0, lane: Lane = _MAIN) -> None:
+        """Note what was decided on the prompt, or on the next ``characters`` of one lane of the answer."""
         if decision.direction is Direction.PROMPT:
-            self.prompt_allowed = decision.allowed
+            self._prompt_allowed = decision.allowed
         elif decision.allowed:
-            self.checked_characters += characters
+            self._checked[lane] += characters
+        else:
+            self._refused.add(lane[0])
 
-    def release(self, text: str) -> str:
+    def release(self, text: str, lane: Lane = _MAIN) -> str:
         """Hand ``text`` back for sending; raises UncheckedRelease when any of it has not been allowed."""
-        end = self.released_characters + len(text)
-        unchecked = end - (self.checked_characters if self.prompt_allowed else 0)
+        end = self._released[lane] + len(text)
+        open_to_it = self._prompt_allowed and lane[0] not in self._refused
+        unchecked = end - (self._checked[lane] if open_to_it else 0)
         if text and unchecked > 0:
             RELEASED_BEFORE_VERDICT.inc(min(unchecked, len(text)))
             raise UncheckedRelease("text was about to be released without a verdict")
-        self.released_characters = end
+        self._released[lane] = end
         return text

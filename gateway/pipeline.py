@@ -2,40 +2,43 @@
 
 ::
 
-    client --> read_chat --+--> prompt check (safety) ------------+
-                           |                                      +--> release, in order
+    client --> wire.read --+--> prompt check (safety) ------------+
+                           |                                      +--> release, in order --> wire --> client
                            +--> generation (inference) --> answer +
                                                            checks (safety)
 
-Generation starts beside the prompt check, so that an allowed request waits for the slower of the two and not for
-both; nothing leaves before the prompt's verdict, and no text leaves before its own. Whatever fails, fails closed:
-an error ends the request and what is held is dropped.
+The way is the same for all protocols; a ``Wire`` (package ``protocols``) reads requests and writes answers. Generation
+starts beside the prompt check, so that an allowed request waits for the slower of the two and not for both; nothing
+leaves before the prompt's verdict, and no text leaves before its own. Whatever fails, fails closed: an error ends the
+request and what is held is dropped.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections import defaultdict
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
-from gateway.answers import Head, blocked_chunk, blocked_completion, chunk, completion, usage_chunk
-from gateway.chat import Chat
-from gateway.checks import prompt_items, response_items
-from gateway.metrics import DECISIONS, Ledger
-from gateway.policy import Action, Decision, Direction, DirectionPolicy, Policy, PromptPolicy, decide
+from gateway.answers import BLOCKED, CONTENT, Finish, Head, Part, Sent, Unit, texts_to_check, whole_units
+from gateway.asked import Asked
+from gateway.checks import Checker, prompt_items, response_items
+from gateway.metrics import Ledger
+from gateway.policy import Decision, Direction, DirectionPolicy, Policy, PromptPolicy
+from gateway.protocols import Wire
 from gateway.settings import GatewaySettings
 from gateway.streaming import CheckedAnswer
 from gateway.upstreams import PassedOn, Upstreams
-from services.common.logs import get_logger
 from services.contracts.chat import Json, Usage
-from services.contracts.errors import FedwardError, Overloaded
-from services.contracts.verdicts import ClassifyItem
+from services.contracts.errors import Overloaded
 
 T = TypeVar("T")
+REFUSAL = "I'm sorry, but I can't help with that."
 NO_TOKENS = Usage(prompt_tokens=0, completion_tokens=0, total_tokens=0)
 
 
 class Pipeline:
-    """The way of one request through checks and generation."""
+    """The way of requests through checks and generation."""
 
     def __init__(self, upstreams: Upstreams, settings: GatewaySettings) -> None:
         self._upstreams = upstreams
@@ -46,54 +49,53 @@ class Pipeline:
             response=DirectionPolicy(threshold=settings.response_threshold),
         )
 
-    async def answer(self, chat: Chat) -> Json:
+    async def answer(self, asked: Asked, wire: Wire) -> Json:
         """A whole answer, or the refusal in its place; raises a FedwardError when it cannot be made or checked."""
-        ledger = Ledger()
-        async with self._place(chat):
-            async with _beside(self._upstreams.complete(chat.content)) as generation:
-                decision = await self._decide_prompt(chat)
-                ledger.record(decision)
-                if not decision.allowed:
-                    return blocked_completion(Head.own(chat), decision, NO_TOKENS)  # leaving cancels the generation
+        async with self._at_work(asked) as request:
+            async with _beside(self._upstreams.complete(wire.PATH, asked.content, wire.read_whole)) as generation:
+                decision = await request.decide_prompt()
+                if not decision.allowed:  # leaving cancels the generation
+                    refusals = [instead(index, decision) for index in range(asked.choices)]
+                    return wire.whole(asked, Head.own(wire.ID_PREFIX, asked.model), refusals, NO_TOKENS)
                 answer = await generation
 
-            text = answer.choices[0].message.content or ""
-            decision = await self._decide_response(chat, text)
-            ledger.record(decision, len(text))
-            if not decision.allowed:
-                return blocked_completion(Head.of(answer), decision, answer.usage)
-            return completion(Head.of(answer), ledger.release(text), answer.choices[0].finish_reason, answer.usage)
+            units = whole_units(answer, asked.choices)
+            checks = (request.decide(unit.index, list(texts_to_check(unit.parts))) for unit in units)
+            decisions = await asyncio.gather(*checks)
+            leaving = [request.let_out(unit, decision) for unit, decision in zip(units, decisions, strict=True)]
+            head = answer.head or Head.own(wire.ID_PREFIX, asked.model)
+            return wire.whole(asked, head, leaving, answer.usage or NO_TOKENS)
 
-    async def stream(self, chat: Chat) -> AsyncGenerator[Json, None]:
+    async def stream(self, asked: Asked, wire: Wire) -> AsyncGenerator[Json, None]:
         """The events of a streamed answer, of which the last says how it ended; raises as ``answer`` does."""
-        ledger, first = Ledger(), True
-        checked = CheckedAnswer(
-            self._upstreams.stream(chat.content), lambda text: self._decide_response(chat, text), self._settings
-        )
-        async with self._place(chat), checked as answer:
-            decision = await self._decide_prompt(chat)
-            ledger.record(decision)
-            if decision.allowed:
-                async for unit, decision in answer:
-                    ledger.record(decision, len(unit))
-                    if not decision.allowed:
-                        break
-                    yield chunk(answer.head or Head.own(chat), ledger.release(unit), first=first)
-                    first = False
-                else:
-                    decision = await self._decide_response(chat, answer.text)
+        sent: defaultdict[int, Sent] = defaultdict(Sent)
+        async with self._at_work(asked) as request:
+            events = self._upstreams.stream(wire.STREAM_PATH, asked.content, wire.read_event)
+            async with CheckedAnswer(events, request.decide, self._settings, asked.choices) as answer:
+                prompt = await request.decide_prompt()
+                if prompt.allowed:
+                    async for unit, decision in answer:
+                        if not decision.allowed:
+                            answer.drop(unit.index)
+                        before = sent[unit.index]
+                        leaving = request.let_out(unit, decision, started=before.started)
+                        head = answer.head or Head.own(wire.ID_PREFIX, asked.model)
+                        for event in wire.events(asked, head, leaving, before):
+                            yield event
+                        before.add(leaving)
 
-        # The generation has ended or has just been cancelled; what was still held is gone.
-        head = answer.head or Head.own(chat)
-        if not decision.allowed:
-            yield blocked_chunk(head, decision, first=first)
-            return
-        yield chunk(head, first=first, finish_reason=answer.finish_reason)
-        if answer.usage:
-            yield usage_chunk(head, answer.usage)
+        # The generation has ended or has been cancelled; what was still held is gone.
+        head = answer.head or Head.own(wire.ID_PREFIX, asked.model)
+        if not prompt.allowed:
+            for index in range(asked.choices):
+                for event in wire.events(asked, head, instead(index, prompt), Sent()):
+                    yield event
+        elif answer.usage:
+            for event in wire.usage_events(head, answer.usage):
+                yield event
 
     @asynccontextmanager
-    async def _place(self, chat: Chat) -> AsyncIterator[None]:
+    async def _at_work(self, asked: Asked) -> AsyncIterator["_Request"]:
         """One of the places for requests at work. What the inference service says when it refuses is checked as well.
 
         Raises:
@@ -102,36 +104,68 @@ class Pipeline:
         """
         if self._busy >= self._settings.requests_in_flight:
             raise Overloaded(f"{self._busy} requests are at work, which is the limit; try again later")
+        checker = Checker(self._upstreams.classify, self._policy, self._settings.checks_in_flight)
+        request = _Request(asked, checker, self._settings.window_characters)
         self._busy += 1
         try:
-            yield
+            yield request
         except PassedOn as refusal:
-            if not (await self._decide_response(chat, refusal.words())).allowed:
+            if not (await request.decide(0, [refusal.words()])).allowed:
                 raise refusal.without_detail() from refusal
             raise
         finally:
             self._busy -= 1
 
-    async def _decide_prompt(self, chat: Chat) -> Decision:
-        return await self._decide(prompt_items(chat, self._settings.window_characters), Direction.PROMPT)
 
-    async def _decide_response(self, chat: Chat, text: str) -> Decision:
-        return await self._decide(response_items(chat, text, self._settings.window_characters), Direction.RESPONSE)
+class _Request:
+    """The decisions on one request, and what they let out."""
 
-    async def _decide(self, items: Sequence[ClassifyItem], direction: Direction) -> Decision:
-        """Classify and decide; no verdict is an error, never an allowance."""
-        if not items:  # white space only: there is nothing to judge
-            return Decision(Action.ALLOW, direction)
-        try:
-            decision = decide(await self._upstreams.classify(items, direction), direction, self._policy)
-        except FedwardError as error:
-            DECISIONS.labels(direction.value, "unavailable").inc()
-            get_logger().warning("check failed", direction=direction.value, error=error.message)
-            raise
-        DECISIONS.labels(direction.value, decision.action.value).inc()
-        if not decision.allowed:
-            get_logger().info("refused", direction=direction.value, categories=decision.categories)
+    def __init__(self, asked: Asked, checker: Checker, window_characters: int) -> None:
+        self._asked = asked
+        self._checker = checker
+        self._window_characters = window_characters
+        self._ledger = Ledger()
+
+    async def decide_prompt(self) -> Decision:
+        """Decide on all that the client sent."""
+        items = prompt_items(self._asked, self._window_characters)
+        decision = await self._checker.decide(items, Direction.PROMPT)
+        self._ledger.record(decision)
         return decision
+
+    async def decide(self, index: int, texts: list[str]) -> Decision:
+        """Decide on texts of one choice."""
+        items = response_items(self._asked.prompt_of(index), texts, self._window_characters)
+        return await self._checker.decide(items, Direction.RESPONSE)
+
+    def let_out(self, unit: Unit, decision: Decision, *, started: bool = False) -> Unit:
+        """What leaves for a unit that was decided on. The one place where something leaves, or does not.
+
+        ``started`` says that some of the choice has left: then nothing can stand in its place.
+
+        Raises:
+            UncheckedRelease: the unit has more text than was decided on.
+        """
+        for part in unit.parts:
+            self._ledger.record(decision, len(part.text), (unit.index, part.channel))
+            self._ledger.record(decision, len(_told(part)), (unit.index, "tokens"))
+        if not decision.allowed:
+            return instead(unit.index, decision, started=started)
+        for part in unit.parts:
+            self._ledger.release(_told(part), (unit.index, "tokens"))
+        parts = (replace(part, text=self._ledger.release(part.text, (unit.index, part.channel))) for part in unit.parts)
+        return replace(unit, parts=tuple(parts))
+
+
+def instead(index: int, decision: Decision, *, started: bool = False) -> Unit:
+    """What leaves in place of a choice that may not."""
+    parts = () if started else (Part(index, CONTENT, REFUSAL),)
+    return Unit(index, parts, Finish(BLOCKED), blocked=decision)
+
+
+def _told(part: Part) -> str:
+    """All text in what is told about the tokens."""
+    return "".join(text for token in part.tokens for text in token.texts)
 
 
 @asynccontextmanager

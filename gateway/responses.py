@@ -1,13 +1,14 @@
-"""Answers on the way to the client: the decision header, and event streams."""
+"""Answers on the way to the client: the decision header, errors in the protocol's own shape, and event streams."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from gateway.policy import Action
-from gateway.sse import DONE, encode
+from gateway.protocols import Wire
+from gateway.sse import encode
 from services.common.connections import ClientLeft, while_connected
 from services.common.logs import get_logger
 from services.contracts.chat import Json
@@ -20,19 +21,27 @@ def decision_header(answer: Json) -> dict[str, str]:
     return {"x-fedward-decision": action.value}
 
 
+def error_response(error: FedwardError, wire: Wire) -> Response:
+    """An error in the protocol's own shape, with ``Retry-After`` where a retry may help."""
+    status, body = wire.error(error)
+    retry = {"retry-after": "1"} if status in (429, 503) else None
+    return JSONResponse(body, status_code=status, headers=retry)
+
+
 class EventStream(Response):
     """A streamed answer whose status is decided by its first event.
 
     An error before the first event becomes an ordinary error answer (503 and so on). After it the status has been
-    sent: the error becomes the last event, and there is no ``[DONE]``, so that no client takes the answer for whole.
+    sent: the error becomes the last event, and there is no closing event, so that no client takes the answer for whole.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[Json, None]) -> None:
+    def __init__(self, events: AsyncGenerator[Json, None], wire: Wire) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
+        self._wire = wire
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -42,20 +51,20 @@ class EventStream(Response):
         except ClientLeft:
             if not self._started:
                 raise
+        except FedwardError as error:
+            if self._started:
+                get_logger().warning("stream ended by an error", error=error.message)
+                await _send_body(send, encode(self._wire.error(error)[1]), more=False)
+            else:
+                await error_response(error, self._wire)(scope, receive, send)
 
     async def _send_all(self, send: Send) -> None:
-        try:
-            async with aclosing(self._events) as events:
-                async for event in events:
-                    if not self._started:
-                        await self._start(send, event)
-                    await _send_body(send, encode(event))
-            await _send_body(send, encode(DONE), more=False)
-        except FedwardError as error:
-            if not self._started:
-                raise
-            get_logger().warning("stream ended by an error", error=error.message)
-            await _send_body(send, encode(error.body()), more=False)
+        async with aclosing(self._events) as events:
+            async for event in events:
+                if not self._started:
+                    await self._start(send, event)
+                await _send_body(send, encode(event))
+        await _send_body(send, encode(self._wire.END) if self._wire.END else b"", more=False)
 
     async def _start(self, send: Send, first: Json) -> None:
         self.headers.update(decision_header(first))

@@ -21,6 +21,13 @@ class GatewaySettings(Settings):
         default=AnyHttpUrl("http://127.0.0.1:8101"), description="where the safety service listens"
     )
 
+    served_model_name: str = Field(
+        default="fedward", description="the inference service's name for the active release; it is always allowed"
+    )
+    allowed_models: tuple[str, ...] = Field(
+        default=(), description="further names, of the base model or of adapters, that clients may ask for"
+    )
+
     check_deadline_ms: int = Field(default=300, ge=1, description="longest wait for one check; then 503, fail closed")
     connect_seconds: float = Field(default=2.0, gt=0, description="longest wait for a connection to a service")
     generation_seconds: float = Field(default=120.0, gt=0, description="longest wait for a whole answer")
@@ -54,3 +61,8 @@ class GatewaySettings(Settings):
         if self.held_limit_characters < self.unit_characters:
             raise ValueError("held_limit_characters must be at least unit_characters")
         return self
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Every name that clients may ask for."""
+        return (self.served_model_name, *self.allowed_models)

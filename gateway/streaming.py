@@ -1,95 +1,109 @@
 """A streamed answer on its way through: cut into units, each checked as it arrives, handed out in order.
 
-Reading, checking and sending overlap: unit k is checked while unit k+1 arrives. A unit ends at the end of a
-sentence, at a length, or at a pause, and where possible never inside a word, so that a word is judged whole.
+Reading, checking and sending overlap: unit k is checked while unit k+1 arrives. Each choice has its own channels
+(content, reasoning, refusal), each cut by itself. Calls are held until the choice has ended. What has not left by
+then leaves after one check of all that the choice says.
 """
 
 import asyncio
-import re
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from gateway.answers import Head
-from gateway.chat import has_words
+from gateway.answers import Call, Event, Finish, Head, Part, Unit, texts_to_check
 from gateway.policy import Decision
+from gateway.segments import Channel
 from gateway.settings import GatewaySettings
-from services.contracts.chat import ChatChunk, Usage
+from services.contracts.chat import Usage
 from services.contracts.errors import UpstreamUnavailable
 
-Check = Callable[[str], Awaitable[Decision]]
-
-# A full stop only counts with white space after it (3.14, example.org); full-width ones need none.
-_SENTENCE_END = re.compile(r"[.!?…][\"'”’»)\]]*\s+|\n+|[。！？]")
+Check = Callable[[int, list[str]], Coroutine[Any, Any, Decision]]
 
 
-class Segmenter:
-    """Cuts text that arrives in pieces into units. The units, joined, are the text."""
+class _Choice:
+    """What has come of one choice."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._held = ""
+    def __init__(self, index: int, settings: GatewaySettings) -> None:
+        self._index = index
+        self._settings = settings
+        self.channels: dict[str, Channel] = {}
+        self._calls: dict[tuple[str, int | None], Call] = {}
+        self._pause: tuple[str, asyncio.TimerHandle] | None = None  # the channel that last got text
 
-    def feed(self, text: str) -> list[str]:
-        """Take a piece; hand out the units that are complete."""
-        self._held += text
-        units = []
-        while True:
-            end = _SENTENCE_END.search(self._held)
-            if end and end.end() <= self._limit:
-                units.append(self._cut(end.end()))
-            elif len(self._held) > self._limit:
-                units.append(self._cut(self._last_space(self._limit) or self._limit))
+    def channel(self, name: str) -> Channel:
+        """One channel; a new one when nothing has come in it yet."""
+        if name not in self.channels:
+            self.channels[name] = Channel(
+                self._index,
+                name,
+                unit_characters=self._settings.unit_characters,
+                context_characters=self._settings.context_characters,
+            )
+        return self.channels[name]
+
+    def add_call(self, channel: str, call: Call) -> None:
+        """Take a piece of a call."""
+        key = (channel, call.position)
+        self._calls[key] = self._calls[key].joined(call) if key in self._calls else call
+
+    def wait_for_pause(self, channel: str, handle: asyncio.TimerHandle) -> None:
+        """Note the timer that tells when nothing more comes in ``channel``."""
+        self._pause = channel, handle
+
+    def stop_waiting(self) -> str | None:
+        """Stop that timer; returns its channel, if there was one."""
+        if self._pause is None:
+            return None
+        (channel, handle), self._pause = self._pause, None
+        handle.cancel()
+        return channel
+
+    def end(self, last: list[Part], finish: Finish) -> tuple[Unit, list[str]]:
+        """The last unit, and all texts of the choice: they are checked as a whole before it leaves."""
+        for part in last:
+            if part.call:
+                self.add_call(part.channel, part.call)
             else:
-                return units
-
-    def pause(self) -> str:
-        """What may go when nothing more comes for a while: whole words, or a sentence that is complete."""
-        complete = self._held[-1:] in tuple(".!?…")
-        return self._cut(len(self._held) if complete else self._last_space(len(self._held)))
-
-    def rest(self) -> str:
-        """Everything that is left, at the end of the answer."""
-        return self._cut(len(self._held))
-
-    def _cut(self, end: int) -> str:
-        unit, self._held = self._held[:end], self._held[end:]
-        return unit
-
-    def _last_space(self, end: int) -> int:
-        """The position after the last white space before ``end``; 0 when there is none."""
-        return next((i for i in range(end, 0, -1) if self._held[i - 1].isspace()), 0)
+                self.channel(part.channel).hold(part)
+        cuts = [channel.end() for channel in self.channels.values()]
+        calls = [Part.of_call(self._index, channel, call) for (channel, _), call in self._calls.items()]
+        texts = [text for cut in cuts for text in cut.texts] + list(texts_to_check(calls))
+        parts = (*(cut.part for cut in cuts), *calls)
+        leaving = tuple(part for part in parts if part.text or part.tokens)
+        return Unit(self._index, leaving, finish), texts
 
 
 class CheckedAnswer:
-    """One streamed generation, read in its own task from the moment the block is entered.
-
-    Iterate to get each unit with the decision on it. Leaving the block stops the generation and every check.
+    """Iterate over it inside ``async with``: each unit comes with the decision on it, in order of arrival.
 
     Args:
-        chunks: the answer as it comes from the inference service.
-        check: decides on a text: up to ``context_characters`` of the answer so far, and the unit.
-        settings: lengths and limits.
+        events: the answer as it comes from upstream.
+        check: decides on texts of one choice; called for several units at once.
+        settings: lengths, pauses and limits.
+        choices: how many choices were asked for.
+
+    ``head`` and ``usage`` hold what has come of them. Leaving the block cancels reading and checks.
     """
 
-    def __init__(self, chunks: AsyncGenerator[ChatChunk, None], check: Check, settings: GatewaySettings) -> None:
+    def __init__(
+        self, events: AsyncGenerator[Event, None], check: Check, settings: GatewaySettings, choices: int
+    ) -> None:
         self.head: Head | None = None
-        self.text = ""
-        self.finish_reason: str | None = None
         self.usage: Usage | None = None
-        self._chunks = chunks
+        self._events = events
         self._check = check
         self._settings = settings
-        self._segmenter = Segmenter(settings.unit_characters)
-        self._slots = asyncio.Semaphore(settings.checks_in_flight)
-        self._units: asyncio.Queue[tuple[str, asyncio.Task[Decision]] | Exception | None] = asyncio.Queue()
+        self._choices = [_Choice(index, settings) for index in range(choices)]
+        self._open = set(range(choices))  # more may come of these
+        self._awaited = set(range(choices))  # the last unit of these has not been handed out
+        self._dropped: set[int] = set()
+        self._held: Counter[int] = Counter()  # characters of each choice
+        self._units: asyncio.Queue[tuple[Unit, asyncio.Task[Decision]] | Exception | None] = asyncio.Queue()
         self._checks: set[asyncio.Task[Decision]] = set()
-        self._wordless = ""
-        self._cut_characters = 0
-        self._handed_out = 0
         self._stopped = False
-        self._pause: asyncio.TimerHandle | None = None
+        self._over = False
 
     async def __aenter__(self) -> Self:
         self._reader = asyncio.create_task(self._read())
@@ -107,33 +121,50 @@ class CheckedAnswer:
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> tuple[str, Decision]:
+    async def __anext__(self) -> tuple[Unit, Decision]:
         """The next unit in order; raises what went wrong in reading or in its check, after the units before it."""
-        item = await self._units.get()
-        if item is None:
-            raise StopAsyncIteration
-        if isinstance(item, Exception):
-            raise item
-        unit, check = item
-        decision = await check
-        self._handed_out += len(unit)
-        return unit, decision
+        while not self._over:
+            item = await self._units.get()
+            if item is None:
+                break
+            if isinstance(item, Exception):
+                raise item
+            unit, check = item
+            if unit.index in self._dropped:
+                continue
+            decision = await check
+            self._held[unit.index] -= sum(map(_size, unit.parts))
+            if unit.finish:
+                self._awaited.discard(unit.index)
+            return unit, decision
+        raise StopAsyncIteration
+
+    def drop(self, index: int) -> None:
+        """End one choice: what is held of it is gone, and so is what may still come."""
+        self._dropped.add(index)
+        self._open.discard(index)
+        self._awaited.discard(index)
+        self._held[index] = 0
+        self._choices[index].stop_waiting()
+        if not self._awaited:
+            self._over, self.usage = True, None  # not all was counted
+            self._stop_reading()
 
     async def _read(self) -> None:
         """Read to the end of the answer; the queue then ends with None, or with what went wrong."""
         try:
-            async with aclosing(self._chunks) as chunks:
-                async for chunk in chunks:
-                    self._take(chunk)
-            if self.finish_reason is None:
+            async with aclosing(self._events) as events:
+                async for event in events:
+                    self._take(event)
+            if self._open:
                 raise UpstreamUnavailable("inference", "the stream broke off before the answer was finished")
-            self._start_check(self._segmenter.rest(), last=True)
             self._units.put_nowait(None)
         except Exception as error:  # whatever it is, the consumer has to learn of it or it would wait for ever
             self._units.put_nowait(error)
         finally:
             self._overdue.cancel()
-            self._stop_waiting()
+            for choice in self._choices:
+                choice.stop_waiting()
 
     def _on_overdue(self) -> None:
         seconds = self._settings.generation_seconds
@@ -146,45 +177,50 @@ class CheckedAnswer:
             self._stopped = True
             self._reader.cancel()
 
-    def _take(self, chunk: ChatChunk) -> None:
-        self.head = self.head or Head.of(chunk)
-        self.usage = chunk.usage or self.usage
-        if len(chunk.choices) > 1 or any(choice.index != 0 for choice in chunk.choices):
-            raise UpstreamUnavailable("inference", "sent more than one answer where one was asked for")
-        for choice in chunk.choices:
-            self.finish_reason = choice.finish_reason or self.finish_reason
-            if choice.delta.content:
-                self._take_text(choice.delta.content)
+    def _take(self, event: Event) -> None:
+        self.head = self.head or event.head
+        self.usage = event.usage or self.usage
+        if any(not 0 <= index < len(self._choices) for index in (*event.finishes, *(p.index for p in event.parts))):
+            raise UpstreamUnavailable("inference", "sent more answers than were asked for")
+        for part in event.parts:
+            if part.index in self._open:
+                self._hold(part)
+                if part.index not in event.finishes:
+                    self._take_part(self._choices[part.index], part)
+        for index in self._open.intersection(event.finishes):
+            last = [part for part in event.parts if part.index == index]
+            self._open.discard(index)
+            self._choices[index].stop_waiting()
+            self._start_check(*self._choices[index].end(last, event.finishes[index]))
 
-    def _take_text(self, text: str) -> None:
-        self.text += text
-        if len(self.text) - self._handed_out > self._settings.held_limit_characters:
-            limit = self._settings.held_limit_characters
+    def _hold(self, part: Part) -> None:
+        self._held[part.index] += _size(part)
+        limit = self._settings.held_limit_characters
+        if self._held.total() > limit:
             raise UpstreamUnavailable("safety", f"more than {limit} characters of the answer wait for their verdict")
-        for unit in self._segmenter.feed(text):
-            self._start_check(unit)
-        self._stop_waiting()
-        self._pause = asyncio.get_running_loop().call_later(self._settings.unit_idle_ms / 1000, self._on_pause)
 
-    def _on_pause(self) -> None:
-        self._start_check(self._segmenter.pause())
+    def _take_part(self, choice: _Choice, part: Part) -> None:
+        if part.call:
+            choice.add_call(part.channel, part.call)
+            return
+        before = choice.stop_waiting()
+        if before is not None and before != part.channel:  # the answer has turned to another channel
+            self._on_pause(choice, before)
+        for cut in choice.channel(part.channel).feed(part):
+            self._start_check(Unit(part.index, (cut.part,)), cut.texts)
+        seconds = self._settings.unit_idle_ms / 1000
+        handle = asyncio.get_running_loop().call_later(seconds, self._on_pause, choice, part.channel)
+        choice.wait_for_pause(part.channel, handle)
 
-    def _stop_waiting(self) -> None:
-        if self._pause is not None:
-            self._pause.cancel()
+    def _on_pause(self, choice: _Choice, channel: str) -> None:
+        for cut in choice.channel(channel).pause():
+            self._start_check(Unit(cut.part.index, (cut.part,)), cut.texts)
 
-    def _start_check(self, unit: str, *, last: bool = False) -> None:
-        """Start the check of a unit. Text before the first word waits for it: alone it has no verdict."""
-        unit, self._wordless = self._wordless + unit, ""
-        if not self._cut_characters and not last and not has_words(unit):
-            self._wordless = unit
-        elif unit:
-            start = max(0, self._cut_characters - self._settings.context_characters)
-            self._cut_characters += len(unit)
-            task = asyncio.create_task(self._in_turn(self.text[start : self._cut_characters]))
-            self._checks.add(task)
-            task.add_done_callback(self._check_done)
-            self._units.put_nowait((unit, task))
+    def _start_check(self, unit: Unit, texts: list[str]) -> None:
+        task = asyncio.create_task(self._check(unit.index, texts))
+        self._checks.add(task)
+        task.add_done_callback(self._check_done)
+        self._units.put_nowait((unit, task))
 
     def _check_done(self, task: asyncio.Task[Decision]) -> None:
         """Look at the outcome: nobody else does when the answer ends before the unit's turn, and asyncio complains."""
@@ -192,6 +228,8 @@ class CheckedAnswer:
         if not task.cancelled():
             task.exception()
 
-    async def _in_turn(self, text: str) -> Decision:
-        async with self._slots:
-            return await self._check(text)
+
+def _size(part: Part) -> int:
+    """Characters that a part holds back."""
+    text = len(part.call.name) + len(part.call.arguments) if part.call else len(part.text)
+    return text + sum(len(text) for token in part.tokens for text in token.texts)

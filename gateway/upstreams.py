@@ -7,25 +7,25 @@ that lives as long as the app (a new one per request costs 20 times as much).
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import httpx
 from pydantic import ValidationError
 
+from gateway.answers import Event
 from gateway.metrics import CHECK_SECONDS, UPSTREAM_CANCELLATIONS
 from gateway.policy import Direction
 from gateway.settings import GatewaySettings
 from gateway.sse import DONE, EventTooLarge, SseParser
 from services.common.http import unavailable
-from services.contracts.chat import ChatChunk, ChatCompletion, Json
-from services.contracts.errors import ErrorBody, ErrorDetail, UpstreamRejected, UpstreamUnavailable
+from services.contracts.chat import Json, TgiError
+from services.contracts.errors import ErrorBody, ErrorDetail, FedwardError, UpstreamRejected, UpstreamUnavailable
 from services.contracts.verdicts import ClassifyItem, ClassifyRequest, ClassifyResponse, Verdict
 
 INFERENCE = "inference"
 SAFETY = "safety"
-CHAT = "/v1/chat/completions"
 _BODY_LIMIT = 4_000_000
 _JSON = {"content-type": "application/json"}
 _CALLS: set[asyncio.Task[bytes]] = set()  # also those that were given up: the event loop does not keep them alive
@@ -52,6 +52,11 @@ class PassedOn(UpstreamRejected):
     def without_detail(self) -> "PassedOn":
         """The same refusal in our own words."""
         return PassedOn(self.upstream, self.status)
+
+
+def status_of(error: FedwardError) -> int:
+    """The HTTP status that tells a client of an error."""
+    return error.status if isinstance(error, PassedOn) else error.http_status
 
 
 class Upstreams:
@@ -104,35 +109,32 @@ class Upstreams:
 
         return await _within(self._deadlines[name], name, call())
 
-    async def complete(self, content: bytes) -> ChatCompletion:
-        """A whole answer of one choice; raises as ``forward`` does."""
+    async def complete(self, path: str, content: bytes, read: Callable[[bytes], Event]) -> Event:
+        """A whole answer, as ``read`` reads it; raises as ``forward`` does."""
 
         async def call() -> bytes:
-            async with self._open(INFERENCE, "POST", CHAT, content, self._patient) as response:
+            async with self._open(INFERENCE, "POST", path, content, self._patient) as response:
                 return await _read(INFERENCE, response)
 
         async with _counted():
             body = await _within(self._generation_seconds, INFERENCE, call())
         try:
-            completion = ChatCompletion.model_validate_json(body)
+            return read(body)
         except ValidationError as error:
             raise UpstreamUnavailable(INFERENCE, "answered something unreadable") from error
-        if len(completion.choices) != 1:
-            raise UpstreamUnavailable(INFERENCE, f"gave {len(completion.choices)} answers where one was asked for")
-        return completion
 
-    async def stream(self, content: bytes) -> AsyncGenerator[ChatChunk, None]:
-        """The chunks of a streamed answer, up to ``[DONE]`` or the end of the body; raises as ``forward`` does."""
+    async def stream(self, path: str, content: bytes, read: Callable[[str], Event]) -> AsyncGenerator[Event, None]:
+        """The events of a streamed answer, up to ``[DONE]`` or the end of the body; raises as ``forward`` does."""
         parser = SseParser(_BODY_LIMIT)
         try:
-            async with _counted(), self._open(INFERENCE, "POST", CHAT, content) as response:
+            async with _counted(), self._open(INFERENCE, "POST", path, content) as response:
                 async for piece in response.aiter_bytes():
                     for data in parser.feed(piece):
                         if data == DONE:
                             return
-                        yield ChatChunk.model_validate_json(data)
+                        yield read(data)
         except (ValidationError, EventTooLarge) as error:
-            raise UpstreamUnavailable(INFERENCE, "sent an event that is not a chunk of an answer") from error
+            raise UpstreamUnavailable(INFERENCE, "sent an event that is not a part of an answer") from error
 
     @asynccontextmanager
     async def _open(
@@ -165,10 +167,17 @@ async def _raise_for(name: str, response: httpx.Response) -> None:
     status = response.status_code
     if status < 400 or status >= 500:
         raise UpstreamUnavailable(name, f"answered HTTP {status}")
-    detail = None
-    with suppress(ValidationError):  # no proper error body: the status says it all
-        detail = ErrorBody.model_validate_json(await _read(name, response)).error
-    raise PassedOn(name, status, detail)
+    raise PassedOn(name, status, _detail(await _read(name, response)))
+
+
+def _detail(body: bytes) -> ErrorDetail | None:
+    """The error object of OpenAI's or TGI's error body; None for any other body: the status says it all."""
+    with suppress(ValidationError):
+        return ErrorBody.model_validate_json(body).error
+    with suppress(ValidationError):
+        error = TgiError.model_validate_json(body)
+        return ErrorDetail(message=error.error, type=error.error_type, code=error.error_type)
+    return None
 
 
 async def _within(seconds: float, name: str, call: Coroutine[Any, Any, bytes]) -> bytes:

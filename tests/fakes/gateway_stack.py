@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,7 @@ class Stack:
 def gateway(inference_url: str, safety_url: str, limits: dict[str, Any] = PATIENT) -> AbstractContextManager[str]:
     """A gateway in a thread; gives its URL."""
     values = limits | {"inference_url": inference_url, "safety_url": safety_url, "held_limit_characters": 3000}
+    values |= {"served_model_name": "fake", "allowed_models": ("other", MARKER)}
     return serving(build_app(GatewaySettings(**values)))
 
 
@@ -73,6 +75,26 @@ def words(count: int, marker_at: int | None = None, *, sentence: int = 0) -> lis
     """``word0 word1 ...``, the marker as word ``marker_at``, a full stop after every ``sentence`` words."""
     names = [MARKER if i == marker_at else f"word{i}" for i in range(count)]
     return [f"{name}{'.' if sentence and i % sentence == sentence - 1 else ''} " for i, name in enumerate(names)]
+
+
+# Answers with the marker in every position that a cut could get wrong.
+LEAK_CASES: dict[str, list[str]] = {
+    "word 26 of 60": words(60, 25),
+    "word 26 of 60, in sentences": words(60, 25, sentence=6),
+    "first word": words(60, 0, sentence=6),
+    "last word": [*words(59, sentence=6), MARKER],
+    "last word of a sentence": [*words(20, sentence=6), f"{MARKER}.", " word. "],
+    "split over two chunks": [*words(25, sentence=6), MARKER[:4], MARKER[4:] + " ", *words(20)],
+    "letter by letter": list("".join(words(60, 25, sentence=6))),
+    "across the length limit": ["a" * 190 + " ", *MARKER, " ", *words(20)],
+    "across the length limit, one chunk": ["b" * 95 + " " + "a" * 98 + " " + MARKER + " " + "c" * 50, *words(20)],
+    "all in one chunk": ["".join(words(60, 25, sentence=6))],
+}
+
+
+def by_sentence(length: int) -> Callable[[int], float]:
+    """Pauses after each sentence of so many words, so that no two wait for their checks at the same time."""
+    return lambda i: 0.05 if i % length == 0 else 0.0
 
 
 def assert_nothing_leaked(response: httpx.Response, full: str) -> str:

@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
-from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HfHubHTTPError
-from openai.types.chat import ChatCompletionMessageParam
 from prometheus_client import REGISTRY
 
 from tests.fakes.gateway_stack import (
+    LEAK_CASES,
     UNCHECKED,
     Stack,
     assert_nothing_leaked,
@@ -97,20 +94,6 @@ def test_empty_answer_ends_normally(stack: Stack) -> None:
 
 
 # The marker in the answer
-
-
-LEAK_CASES = {
-    "word 26 of 60": words(60, 25),
-    "word 26 of 60, in sentences": words(60, 25, sentence=6),
-    "first word": words(60, 0, sentence=6),
-    "last word": [*words(59, sentence=6), MARKER],
-    "last word of a sentence": [*words(20, sentence=6), f"{MARKER}.", " word. "],
-    "split over two chunks": [*words(25, sentence=6), MARKER[:4], MARKER[4:] + " ", *words(20)],
-    "letter by letter": list("".join(words(60, 25, sentence=6))),
-    "across the length limit": ["a" * 190 + " ", *MARKER, " ", *words(20)],
-    "across the length limit, one chunk": ["b" * 95 + " " + "a" * 98 + " " + MARKER + " " + "c" * 50, *words(20)],
-    "all in one chunk": ["".join(words(60, 25, sentence=6))],
-}
 
 
 @pytest.mark.parametrize("case", LEAK_CASES)
@@ -251,22 +234,24 @@ def test_generation_runs_beside_the_prompt_check_but_nothing_leaves_before_it(st
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"n": 2}, "n"),
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"logprobs": True}, "logprobs"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"new_field": {"note": [MARKER]}}, "new_field"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"n": "2"}, "n"),
+        ({"prompt_token_ids": [1, 2]}, "prompt_token_ids"),
+        ({"chat_template": "{{ 'a' ~ 'b' }}"}, "chat_template"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": " "}]}, "messages"),
         ({"messages": [{"role": "user", "content": "?!"}]}, "messages"),
         ({"messages": [{"role": "robot", "content": "hi"}]}, "messages.0.role"),
-        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages.0.tool_calls"),
+        ({"messages": [{"role": "user", "content": "hi", "audio": {"id": "1"}}]}, "messages.0.audio"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages.0.content.0"),
+        ({"messages": [{"role": "user", "content": [{"type": "file"}]}]}, "messages.0.content.0"),
         ({"messages": ["hi"]}, "messages.0"),
         ({"messages": [{"role": "user", "content": "hi"}] * 101}, "messages"),
         ({"messages": [{"role": "user", "content": "x" * 32_001}]}, "messages"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"model": None}, "model"),
+        ({"model": 7}, "model"),
     ],
 )
 def test_request_that_cannot_be_checked_is_refused_by_name(stack: Stack, fields: dict[str, Any], param: str) -> None:
@@ -298,8 +283,28 @@ def test_value_that_json_does_not_have_is_400(stack: Stack, extra: bytes) -> Non
 # The other routes, health and metrics
 
 
-def test_models_and_moderations_are_passed_through(stack: Stack) -> None:
-    assert stack.client.get("/v1/models").json()["data"][0]["id"] == "fake"
+def test_only_allowed_models_are_listed(stack: Stack) -> None:
+    card = {"id": "fake", "object": "model", "created": 1, "owned_by": "x"}
+    assert stack.client.get("/v1/models").json() == {"object": "list", "data": [card]}
+    assert stack.client.get("/v1/models/fake").json() == card
+    assert stack.client.get("/v1/models/secret").status_code == 404
+
+
+@pytest.mark.parametrize("name", ["secret", "adapter/of/somebody", ""])
+def test_model_that_is_not_allowed_is_404(stack: Stack, name: str) -> None:
+    response = stack.ask(model=name)
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"
+    assert stack.inference.requests == []
+
+
+@pytest.mark.parametrize("name", ["tgi", "dummy", None])
+def test_placeholder_means_the_served_model(stack: Stack, name: str | None) -> None:
+    assert stack.ask(model=name).status_code == 200
+    assert stack.inference.requests[0]["model"] == "fake"
+
+
+def test_moderations_are_passed_through(stack: Stack) -> None:
     assert stack.client.post("/v1/moderations", json={"input": MARKER}).json()["results"][0]["flagged"] is True
 
 
@@ -333,73 +338,6 @@ def test_metrics_count_decisions_and_show_that_nothing_left_unchecked(stack: Sta
     assert "fedward_gateway_check_seconds_count" in text
 
 
-# OpenAI's and Hugging Face's own clients
-
-
-HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hello"}]
-UNSAFE: list[ChatCompletionMessageParam] = [{"role": "user", "content": MARKER}]
-
-
-def test_openai_client(stack: Stack) -> None:
-    with openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0) as client:
-        answer = client.chat.completions.create(model="fake", messages=HELLO)
-        assert answer.choices[0].message.content == BLAND
-        blocked = client.chat.completions.create(model="fake", messages=UNSAFE)
-        assert blocked.choices[0].finish_reason == "content_filter"
-        assert blocked.model_extra is not None
-        assert blocked.model_extra["fedward"]["blocked"] is True
-        assert [model.id for model in client.models.list()] == ["fake"]
-        assert client.moderations.create(input="fine").results[0].flagged is False
-        with pytest.raises(openai.NotFoundError):
-            client.chat.completions.create(model="other", messages=HELLO)
-        stack.break_safety("hang", "prompt")
-        with pytest.raises(openai.InternalServerError):
-            client.chat.completions.create(model="fake", messages=HELLO)
-
-
-def test_openai_client_stream(stack: Stack) -> None:
-    with openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0) as client:
-        stack.answer(words(60, sentence=6), usage=True)
-        chunks = list(client.chat.completions.create(model="fake", messages=HELLO, stream=True))
-        assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == stack.inference.text
-        assert chunks[-1].usage is not None
-        stack.answer(words(60, 25, sentence=6))
-        chunks = list(client.chat.completions.create(model="fake", messages=HELLO, stream=True))
-        assert chunks[-1].choices[0].finish_reason == "content_filter"
-        stack.answer(words(12, sentence=3))
-        stack.break_safety("500", "response", text="word6")
-        with pytest.raises(openai.APIError, match="safety: answered HTTP 500"):
-            list(client.chat.completions.create(model="fake", messages=HELLO, stream=True))
-
-
-ASKED = [{"role": "user", "content": "Hello"}]
-
-
-def test_hugging_face_client(stack: Stack) -> None:
-    client = InferenceClient(base_url=stack.url)
-    answer = client.chat_completion(ASKED, model="fake", max_tokens=9, temperature=0.5, seed=1)
-    assert answer.choices[0].message.content == BLAND
-    blocked = client.chat_completion([{"role": "user", "content": MARKER}], model="fake")
-    assert blocked.choices[0].finish_reason == "content_filter"
-    with pytest.raises(HfHubHTTPError, match="404"):
-        client.chat_completion(ASKED, model="other")
-    stack.break_safety("500", "prompt")
-    with pytest.raises(HfHubHTTPError, match="503"):
-        client.chat_completion(ASKED, model="fake")
-
-
-def test_hugging_face_client_stream(stack: Stack) -> None:
-    client = InferenceClient(base_url=stack.url)
-    stack.answer(words(60, sentence=6))
-    chunks = list(client.chat_completion(ASKED, model="fake", stream=True))
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == stack.inference.text
-    assert chunks[-1].choices[0].finish_reason == "stop"
-    stack.answer(words(60, 25, sentence=6))
-    chunks = list(client.chat_completion(ASKED, model="fake", stream=True))
-    assert chunks[-1].choices[0].finish_reason == "content_filter"
-    assert MARKER not in "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-
-
 # The process
 
 
@@ -416,6 +354,8 @@ def test_process_serves_and_logs_no_text(stack: Stack, tmp_path: Path) -> None:
             "debug",
             "--check-deadline-ms",
             "2000",
+            "--served-model-name",
+            "fake",
         ]
         process = subprocess.Popen(
             [*command, "--inference-url", inference_url, "--safety-url", safety_url], stderr=stderr

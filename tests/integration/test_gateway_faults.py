@@ -11,6 +11,7 @@ from tests.fakes.gateway_stack import (
     assert_ended_by_error,
     assert_nothing_leaked,
     assert_unavailable,
+    by_sentence,
     chat_body,
     events,
     gateway,
@@ -42,7 +43,7 @@ def test_classifier_fault_before_the_first_byte_is_503(stack: Stack, fault: str,
 def test_classifier_fault_after_the_first_byte_ends_with_an_error(
     stack: Stack, fault: str, where: dict[str, Any], released: int
 ) -> None:
-    stack.answer(words(12, sentence=3))  # four sentences: four checks, and one of the whole
+    stack.answer(words(12, sentence=3), pause=by_sentence(3))  # four sentences: four checks, and one of the whole
     stack.break_safety(fault, "response", **where)
     parts = events(stack.ask(stream=True))
     assert said(parts) == "".join(stack.inference.pieces[:released])

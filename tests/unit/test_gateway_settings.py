@@ -43,6 +43,7 @@ def test_unknown_variable_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_no_setting_is_added_without_this_test_being_told() -> None:
     assert sorted(set(GatewaySettings.model_fields) - set(Settings.model_fields)) == [
+        "allowed_models",
         "check_deadline_ms",
         "checks_in_flight",
         "connect_seconds",
@@ -56,6 +57,7 @@ def test_no_setting_is_added_without_this_test_being_told() -> None:
         "requests_in_flight",
         "response_threshold",
         "safety_url",
+        "served_model_name",
         "silence_seconds",
         "unit_characters",
         "unit_idle_ms",

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from gateway.policy import Direction
+from gateway.protocols import chat
 from gateway.settings import GatewaySettings
 from gateway.upstreams import Upstreams
 from services.contracts.errors import UpstreamUnavailable
@@ -20,7 +21,7 @@ def classify(upstreams: Upstreams) -> Any:
 
 
 def complete(upstreams: Upstreams) -> Any:
-    return upstreams.complete(b'{"model": "fake", "stream": false}')
+    return upstreams.complete(chat.PATH, b'{"model": "fake", "stream": false}', chat.read_whole)
 
 
 @pytest.mark.parametrize("call", [classify, complete])

@@ -1,0 +1,134 @@
+"""Cutting a streamed text into units that are checked and released one by one.
+
+A unit ends at the end of a sentence, at a length, or at a pause, and where possible never inside a word, so that a
+word is judged whole.
+"""
+
+import re
+from collections import deque
+from typing import NamedTuple
+
+from gateway.answers import Part, Token, token_texts
+from gateway.asked import has_words
+
+# A full stop only counts with white space after it (3.14, example.org); full-width ones need none.
+_SENTENCE_END = re.compile(r"[.!?…][\"'”’»)\]]*\s+|\n+|[。！？]")
+
+
+class Segmenter:
+    """Cuts text that arrives in pieces into units. The units, joined, are the text."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = ""
+
+    def feed(self, text: str) -> list[str]:
+        """Take a piece; hand out the units that are complete."""
+        self._held += text
+        units = []
+        while True:
+            end = _SENTENCE_END.search(self._held)
+            if end and end.end() <= self._limit:
+                units.append(self._cut(end.end()))
+            elif len(self._held) > self._limit:
+                units.append(self._cut(self._last_space(self._limit) or self._limit))
+            else:
+                return units
+
+    def pause(self) -> str:
+        """What may go when nothing more comes for a while: whole words, or a sentence that is complete."""
+        complete = self._held[-1:] in tuple(".!?…")
+        return self._cut(len(self._held) if complete else self._last_space(len(self._held)))
+
+    def rest(self) -> str:
+        """Everything that is left, at the end of the answer."""
+        return self._cut(len(self._held))
+
+    def _cut(self, end: int) -> str:
+        unit, self._held = self._held[:end], self._held[end:]
+        return unit
+
+    def _last_space(self, end: int) -> int:
+        """The end of the last white space before ``end``, or 0: where a cut separates two words."""
+        for i in range(end, 0, -1):
+            if self._held[i - 1].isspace():
+                return i
+        return 0
+
+
+class Cut(NamedTuple):
+    """A part to release when ``texts`` are allowed: they are the part's own and a bounded stretch before it."""
+
+    part: Part
+    texts: list[str]
+
+
+class Channel:
+    """One channel of one choice: its text, and what is told about its tokens, on the way to be cut.
+
+    Args:
+        index: the choice.
+        name: the channel.
+        unit_characters: longest unit.
+        context_characters: how much text before a unit is checked along with it.
+    """
+
+    def __init__(self, index: int, name: str, *, unit_characters: int, context_characters: int) -> None:
+        self.text = ""
+        self._index = index
+        self._name = name
+        self._context_characters = context_characters
+        self._segmenter = Segmenter(unit_characters)
+        self._cut_characters = 0
+        self._wordless = ""
+        self._last = ""
+        # Tokens with the length of the text at their end: such that have not left yet, and such that are context.
+        self._tokens: deque[tuple[int, Token]] = deque()
+        self._context: deque[tuple[int, Token]] = deque()
+
+    def feed(self, part: Part) -> list[Cut]:
+        """Take the next piece; hand out the units that it completes."""
+        self._note(part)
+        return [cut for text in self._segmenter.feed(part.text) if (cut := self._unit(text))]
+
+    def pause(self) -> list[Cut]:
+        """The unit that may go when nothing more comes for a while."""
+        cut = self._unit(self._segmenter.pause())
+        return [cut] if cut else []
+
+    def hold(self, part: Part) -> None:
+        """Take the last piece, which came along with the end of the choice: it leaves with it."""
+        self._note(part)
+        self._last += part.text
+
+    def end(self) -> Cut:
+        """All that has not been handed out, with all text of the channel."""
+        text = self._wordless + self._segmenter.rest() + self._last
+        tokens = tuple(token for _, token in self._tokens)
+        before = [token for _, token in self._context]
+        part = Part(self._index, self._name, text, tokens)
+        return Cut(part, [self.text, *token_texts([*before, *tokens], self.text)])
+
+    def _note(self, part: Part) -> None:
+        self.text += part.text
+        self._tokens.extend((len(self.text), token) for token in part.tokens)
+
+    def _unit(self, text: str) -> Cut | None:
+        """The next unit. Text before the first word waits for it: alone it has no verdict."""
+        text, self._wordless = self._wordless + text, ""
+        if not self._cut_characters and not has_words(text):
+            self._wordless = text
+            return None
+        if not text:
+            return None
+        start = max(0, self._cut_characters - self._context_characters)
+        self._cut_characters += len(text)
+        leaving = []
+        while self._tokens and self._tokens[0][0] <= self._cut_characters:
+            leaving.append(self._tokens.popleft())
+        while self._context and self._context[0][0] <= start:
+            self._context.popleft()
+        self._context.extend(leaving)
+        part = Part(self._index, self._name, text, tuple(token for _, token in leaving))
+        seen = self.text[start : self._cut_characters]
+        return Cut(part, [seen, *token_texts((token for _, token in self._context), seen)])
