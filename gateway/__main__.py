@@ -1,4 +1,4 @@
-"""``python -m gateway``: serve the gateway, or check its policy.
+"""``python -m gateway``: serve the gateway, or look after its policy, its API keys and its audit.
 
 Every command but ``serve`` imports its module only when it is asked for.
 """
@@ -25,8 +25,10 @@ examples:
 
 other commands, each with its own --help:
   python -m gateway policy check    check a policy file, and print what is in force
+  python -m gateway keys create     make an API key for a tenant; list and revoke them
+  python -m gateway audit verify    find out whether audit records were changed; export them
 """
-COMMANDS = {"policy": "gateway.policy_check"}
+COMMANDS = {"policy": "gateway.policy_check", "keys": "gateway.keys_command", "audit": "gateway.audit_verify"}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -9,8 +9,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 
+from gateway.admission import Admission
 from gateway.models import find_model, list_models
 from gateway.pipeline import Pipeline
+from gateway.policy_file import Route
 from gateway.protocols import Wire, chat, completions, tgi
 from gateway.readiness import Readiness
 from gateway.responses import EventStream, decision_header, error_response
@@ -24,70 +26,80 @@ from services.contracts.errors import FedwardError
 
 def build_app(settings: GatewaySettings) -> FastAPI:
     """The gateway as an ASGI app."""
+    admission = Admission(settings)
     upstreams = Upstreams(settings)
-    pipeline = Pipeline(upstreams, settings)
-    ready = Readiness(upstreams)
+    pipeline = Pipeline(upstreams, admission, settings)
+    ready = Readiness(upstreams, admission)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await ready()  # also loads what the first call loads, which would cost the first check its deadline
-        yield
-        await upstreams.close()
+        async with admission.running():
+            await ready()  # also loads what the first call loads, which would cost the first check its deadline
+            yield
+            await upstreams.close()
 
     app = create_app("gateway", settings, lifespan=lifespan, ready=ready)
     app.add_exception_handler(PassedOn, _on_passed_on)
-    app.include_router(_openai_routes(pipeline, upstreams, settings))
-    app.include_router(_tgi_routes(pipeline, upstreams, settings))
+    app.include_router(_openai_routes(pipeline, admission, upstreams, settings))
+    app.include_router(_tgi_routes(pipeline, admission, upstreams))
     return app
 
 
-def _openai_routes(pipeline: Pipeline, upstreams: Upstreams, settings: GatewaySettings) -> APIRouter:
+def _openai_routes(
+    pipeline: Pipeline, admission: Admission, upstreams: Upstreams, settings: GatewaySettings
+) -> APIRouter:
     router = APIRouter(tags=["openai"])
 
-    async def serve(body: Json, request: Request, wire: Wire) -> Response:
-        asked = wire.read(body, settings)
-        if asked.stream:
-            return EventStream(pipeline.stream(asked, wire), wire)
-        answer = await while_connected(request.receive, pipeline.answer(asked, wire))
-        return JSONResponse(answer, headers=decision_header(answer))
+    async def serve(body: Json, request: Request, wire: Wire, route: Route) -> Response:
+        visit = await admission.visit(request.headers, request.state.request_id, route)
+        if body.get("stream") is True:
+            return EventStream(pipeline.stream(body, wire, visit), wire, visit.headers)
+        answer = await while_connected(request.receive, pipeline.answer(body, wire, visit))
+        return JSONResponse(answer, headers=visit.headers | decision_header(answer))
 
     @router.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: dict[str, Any], request: Request) -> Response:
         """An answer, whole or streamed, after the prompt and every part of the answer were checked."""
-        return await serve(body, request, chat)
+        return await serve(body, request, chat, Route.CHAT)
 
     @router.post("/v1/completions", response_model=None)
     async def text_completions(body: dict[str, Any], request: Request) -> Response:
         """A prompt continued, whole or streamed, checked like a chat; with ``echo`` and ``logprobs``."""
-        return await serve(body, request, completions)
+        return await serve(body, request, completions, Route.COMPLETIONS)
 
     @router.get("/v1/models", response_model=None)
-    async def models() -> Json:
+    async def models(request: Request) -> Json:
         """The models that may be asked for."""
+        await admission.visit(request.headers, request.state.request_id, Route.CHAT)
         return await list_models(upstreams, settings)
 
     @router.get("/v1/models/{name:path}", response_model=None)
-    async def model(name: str) -> Json:
+    async def model(name: str, request: Request) -> Json:
         """One of them."""
+        await admission.visit(request.headers, request.state.request_id, Route.CHAT)
         return await find_model(name, upstreams, settings)
 
     @router.post("/v1/moderations", response_model=None)
     async def moderations(request: Request) -> Response:
         """The safety service's own verdict on a text."""
-        return _json(await upstreams.forward(SAFETY, "POST", "/v1/moderations", await request.body()))
+        visit = await admission.visit(request.headers, request.state.request_id, Route.MODERATIONS)
+        async with admission.recorded(visit):
+            return _json(await upstreams.forward(SAFETY, "POST", "/v1/moderations", await request.body()))
 
     return router
 
 
-def _tgi_routes(pipeline: Pipeline, upstreams: Upstreams, settings: GatewaySettings) -> APIRouter:
+def _tgi_routes(pipeline: Pipeline, admission: Admission, upstreams: Upstreams) -> APIRouter:
     router = APIRouter(tags=["tgi"], route_class=_TgiRoute)
 
     async def whole(body: Json, request: Request, wrap: Callable[[Json], Any]) -> Response:
-        answer = await while_connected(request.receive, pipeline.answer(tgi.read(body, settings), tgi))
-        return JSONResponse(wrap(answer), headers=decision_header(answer))
+        visit = await admission.visit(request.headers, request.state.request_id, Route.GENERATE)
+        answer = await while_connected(request.receive, pipeline.answer(body, tgi, visit))
+        return JSONResponse(wrap(answer), headers=visit.headers | decision_header(answer))
 
-    def streamed(body: Json) -> Response:
-        return EventStream(pipeline.stream(tgi.read(body, settings), tgi), tgi)
+    async def streamed(body: Json, request: Request) -> Response:
+        visit = await admission.visit(request.headers, request.state.request_id, Route.GENERATE)
+        return EventStream(pipeline.stream(body, tgi, visit), tgi, visit.headers)
 
     @router.post("/generate", response_model=None)
     async def generate(body: dict[str, Any], request: Request) -> Response:
@@ -95,20 +107,21 @@ def _tgi_routes(pipeline: Pipeline, upstreams: Upstreams, settings: GatewaySetti
         return await whole(body, request, lambda answer: answer)
 
     @router.post("/generate_stream", response_model=None)
-    async def generate_stream(body: dict[str, Any]) -> Response:
+    async def generate_stream(body: dict[str, Any], request: Request) -> Response:
         """The same, one event for each token."""
-        return streamed(body)
+        return await streamed(body, request)
 
     @router.post("/", response_model=None)
     async def generate_either(body: dict[str, Any], request: Request) -> Response:
         """The route of Hugging Face's clients: ``stream`` picks; a whole answer comes in an array."""
         if body.get("stream") is True:
-            return streamed(body)
+            return await streamed(body, request)
         return await whole(body, request, lambda answer: [answer])
 
     @router.get("/info", response_model=None)
-    async def info() -> Response:
+    async def info(request: Request) -> Response:
         """What the inference service says of its model and limits."""
+        await admission.visit(request.headers, request.state.request_id, Route.GENERATE)
         return _json(await upstreams.forward(INFERENCE, "GET", "/info"))
 
     return router

@@ -42,8 +42,9 @@ class Asked:
     """A request that may be served.
 
     ``turns`` hold all text of ``content``, the body that goes upstream. ``prompts`` are what the answers answer:
-    one, or several with equally many of the ``choices`` each. ``echoed`` stands before a TGI answer's text, and
-    ``details`` says that its tokens were asked for.
+    one, or several with equally many of the ``choices`` each. ``answer_tokens`` is the most that each may have, where
+    the client says so. ``echoed`` stands before a TGI answer's text, and ``details`` says that its tokens were asked
+    for.
     """
 
     model: str
@@ -52,6 +53,7 @@ class Asked:
     content: bytes
     stream: bool
     choices: int = 1
+    answer_tokens: int | None = None
     echoed: str = ""
     details: bool = False
 

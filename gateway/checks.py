@@ -1,6 +1,7 @@
 """What is put before the classifier, and how: every text, in windows of bounded length, in as few calls as possible."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ from services.common.logs import get_logger
 from services.contracts.errors import FedwardError
 from services.contracts.verdicts import ClassifyItem, Verdict
 
-Classify = Callable[[Sequence[ClassifyItem], Direction], Awaitable[list[Verdict]]]
+Classify = Callable[[Sequence[ClassifyItem], Direction, float], Awaitable[list[Verdict]]]
+Note = Callable[[Decision, Sequence[Verdict], int, float], None]
 MAX_ITEMS = 64  # in one call, unless a single text needs more: the safety service takes 256
 
 
@@ -68,14 +70,17 @@ class Checker:
     """The checks of one request. What waits for its check at the same time goes to the classifier in one call.
 
     Args:
-        classify: one verdict per item; raises FedwardError.
-        policy: what verdicts lead to.
+        classify: one verdict per item, within seconds; raises FedwardError.
+        policy: what verdicts lead to, and how long a check may take.
+        note: is told of every decision, with its verdicts, the characters checked and the seconds it took.
         in_flight: calls that may run at once.
     """
 
-    def __init__(self, classify: Classify, policy: Policy, in_flight: int) -> None:
+    def __init__(self, classify: Classify, policy: Policy, note: Note, in_flight: int) -> None:
         self._classify = classify
         self._policy = policy
+        self._note = note
+        self._seconds = policy.check_deadline_ms / 1000
         self._slots = asyncio.Semaphore(in_flight)
         self._waiting: list[_Job] = []
 
@@ -83,20 +88,24 @@ class Checker:
         """Classify and decide; no verdict is an error, never an allowance."""
         if not items:  # white space only: there is nothing to judge
             return Decision(Action.ALLOW, direction)
+        started = time.perf_counter()
         try:
             verdicts = await (self._prompt(items) if direction is Direction.PROMPT else self._together(items))
-            decision = decide(verdicts, direction, self._policy)
+            decision = decide(verdicts, direction, self._policy).or_refuse()
         except FedwardError as error:
             DECISIONS.labels(direction.value, "unavailable").inc()
             get_logger().warning("check failed", direction=direction.value, error=error.message)
             raise
-        DECISIONS.labels(direction.value, decision.action.value).inc()
-        if not decision.allowed:
-            get_logger().info("refused", direction=direction.value, categories=decision.categories)
+        DECISIONS.labels(direction.value, "shadowed" if decision.shadowed else decision.action.value).inc()
+        self._note(decision, verdicts, sum(map(_characters, items)), time.perf_counter() - started)
+        if not decision.allowed or decision.shadowed:
+            get_logger().info(
+                "found unsafe", direction=direction.value, categories=decision.categories, action=decision.action.value
+            )
         return decision
 
     def _prompt(self, items: Sequence[ClassifyItem]) -> Awaitable[list[Verdict]]:
-        return self._classify(items, Direction.PROMPT)
+        return self._classify(items, Direction.PROMPT, self._seconds)
 
     async def _together(self, items: Sequence[ClassifyItem]) -> list[Verdict]:
         """Verdicts on parts of the answer. Whoever gets a slot takes along all that wait."""
@@ -119,7 +128,8 @@ class Checker:
 
     async def _run(self, jobs: Sequence[_Job]) -> None:
         try:
-            verdicts = await self._classify([item for job in jobs for item in job.items], Direction.RESPONSE)
+            items = [item for job in jobs for item in job.items]
+            verdicts = await self._classify(items, Direction.RESPONSE, self._seconds)
         except BaseException as error:
             for job in jobs:
                 _fail(job.verdicts, error)
@@ -130,6 +140,10 @@ class Checker:
             if not job.verdicts.done():
                 job.verdicts.set_result(verdicts[: len(job.items)])
             verdicts = verdicts[len(job.items) :]
+
+
+def _characters(item: ClassifyItem) -> int:
+    return len(item.prompt or "" if item.response is None else item.response)
 
 
 def _fail(verdicts: asyncio.Future[list[Verdict]], error: BaseException) -> None:

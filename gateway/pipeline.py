@@ -2,15 +2,15 @@
 
 ::
 
-    client --> wire.read --+--> prompt check (safety) ------------+
-                           |                                      +--> release, in order --> wire --> client
-                           +--> generation (inference) --> answer +
-                                                           checks (safety)
+    client --> who asks, quotas --> wire.read --+--> prompt check (safety) ------------+
+    (admission)                                 |                                      +--> release, in order
+                                                +--> generation (inference) --> answer +    --> record --> client
+                                                                                checks (safety)
 
 The way is the same for all protocols; a ``Wire`` (package ``protocols``) reads requests and writes answers. Generation
 starts beside the prompt check, so that an allowed request waits for the slower of the two and not for both; nothing
 leaves before the prompt's verdict, and no text leaves before its own. Whatever fails, fails closed: an error ends the
-request and what is held is dropped.
+request and what is held is dropped. Every request leaves a record in the audit, however it ends.
 """
 
 import asyncio
@@ -20,15 +20,17 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from gateway.admission import Admission
 from gateway.answers import BLOCKED, CONTENT, Finish, Head, Part, Sent, Unit, texts_to_check, whole_units
 from gateway.asked import Asked
 from gateway.checks import Checker, prompt_items, response_items
 from gateway.metrics import Ledger
-from gateway.policy import Decision, Direction, DirectionPolicy, Policy, PromptPolicy
+from gateway.policy import Decision, Direction
 from gateway.protocols import Wire
 from gateway.settings import GatewaySettings
 from gateway.streaming import CheckedAnswer
 from gateway.upstreams import PassedOn, Upstreams
+from gateway.visits import Visit
 from services.contracts.chat import Json, Usage
 from services.contracts.errors import Overloaded
 
@@ -40,18 +42,16 @@ NO_TOKENS = Usage(prompt_tokens=0, completion_tokens=0, total_tokens=0)
 class Pipeline:
     """The way of requests through checks and generation."""
 
-    def __init__(self, upstreams: Upstreams, settings: GatewaySettings) -> None:
+    def __init__(self, upstreams: Upstreams, admission: Admission, settings: GatewaySettings) -> None:
         self._upstreams = upstreams
+        self._admission = admission
         self._settings = settings
         self._busy = 0
-        self._policy = Policy(
-            prompt=PromptPolicy(threshold=settings.prompt_threshold),
-            response=DirectionPolicy(threshold=settings.response_threshold),
-        )
 
-    async def answer(self, asked: Asked, wire: Wire) -> Json:
+    async def answer(self, raw: Json, wire: Wire, visit: Visit) -> Json:
         """A whole answer, or the refusal in its place; raises a FedwardError when it cannot be made or checked."""
-        async with self._at_work(asked) as request:
+        async with self._at_work(raw, wire, visit) as request:
+            asked = request.asked
             async with _beside(self._upstreams.complete(wire.PATH, asked.content, wire.read_whole)) as generation:
                 decision = await request.decide_prompt()
                 if not decision.allowed:  # leaving cancels the generation
@@ -64,14 +64,16 @@ class Pipeline:
             decisions = await asyncio.gather(*checks)
             leaving = [request.let_out(unit, decision) for unit, decision in zip(units, decisions, strict=True)]
             head = answer.head or Head.own(wire.ID_PREFIX, asked.model)
+            visit.answered(head, answer.usage)
             return wire.whole(asked, head, leaving, answer.usage or NO_TOKENS)
 
-    async def stream(self, asked: Asked, wire: Wire) -> AsyncGenerator[Json, None]:
+    async def stream(self, raw: Json, wire: Wire, visit: Visit) -> AsyncGenerator[Json, None]:
         """The events of a streamed answer, of which the last says how it ended; raises as ``answer`` does."""
         sent: defaultdict[int, Sent] = defaultdict(Sent)
-        async with self._at_work(asked) as request:
+        async with self._at_work(raw, wire, visit) as request:
+            asked, cut = request.asked, visit.policy.stream
             events = self._upstreams.stream(wire.STREAM_PATH, asked.content, wire.read_event)
-            async with CheckedAnswer(events, request.decide, self._settings, asked.choices) as answer:
+            async with CheckedAnswer(events, request.decide, cut, self._settings, asked.choices) as answer:
                 prompt = await request.decide_prompt()
                 if prompt.allowed:
                     async for unit, decision in answer:
@@ -83,6 +85,7 @@ class Pipeline:
                         for event in wire.events(asked, head, leaving, before):
                             yield event
                         before.add(leaving)
+            visit.answered(answer.head, answer.usage)
 
         # The generation has ended or has been cancelled; what was still held is gone.
         head = answer.head or Head.own(wire.ID_PREFIX, asked.model)
@@ -95,24 +98,33 @@ class Pipeline:
                 yield event
 
     @asynccontextmanager
-    async def _at_work(self, asked: Asked) -> AsyncIterator["_Request"]:
-        """One of the places for requests at work. What the inference service says when it refuses is checked as well.
+    async def _at_work(self, raw: Json, wire: Wire, visit: Visit) -> AsyncIterator["_Request"]:
+        """A request that is read, admitted and recorded. What the inference service says when it refuses is checked.
 
         Raises:
-            Overloaded: no place is free.
+            RequestError, QuotaExceeded, UpstreamUnavailable: it cannot be served as asked, or not now.
+            Overloaded: all places for requests at work are taken.
             PassedOn: the inference service refused; without its words when they are unsafe.
         """
+        async with self._admission.recorded(visit):
+            asked = wire.read(raw, self._settings, visit.policy.system_prompt)
+            async with self._admission.admitted(visit, asked), self._place():
+                checker = Checker(self._upstreams.classify, visit.policy, visit.note, self._settings.checks_in_flight)
+                request = _Request(asked, visit, checker, self._settings.window_characters)
+                try:
+                    yield request
+                except PassedOn as refusal:
+                    if not (await request.decide(0, [refusal.words()])).allowed:
+                        raise refusal.without_detail() from refusal
+                    raise
+
+    @asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
         if self._busy >= self._settings.requests_in_flight:
             raise Overloaded(f"{self._busy} requests are at work, which is the limit; try again later")
-        checker = Checker(self._upstreams.classify, self._policy, self._settings.checks_in_flight)
-        request = _Request(asked, checker, self._settings.window_characters)
         self._busy += 1
         try:
-            yield request
-        except PassedOn as refusal:
-            if not (await request.decide(0, [refusal.words()])).allowed:
-                raise refusal.without_detail() from refusal
-            raise
+            yield
         finally:
             self._busy -= 1
 
@@ -120,22 +132,23 @@ class Pipeline:
 class _Request:
     """The decisions on one request, and what they let out."""
 
-    def __init__(self, asked: Asked, checker: Checker, window_characters: int) -> None:
-        self._asked = asked
+    def __init__(self, asked: Asked, visit: Visit, checker: Checker, window_characters: int) -> None:
+        self.asked = asked
+        self._visit = visit
         self._checker = checker
         self._window_characters = window_characters
         self._ledger = Ledger()
 
     async def decide_prompt(self) -> Decision:
         """Decide on all that the client sent."""
-        items = prompt_items(self._asked, self._window_characters)
+        items = prompt_items(self.asked, self._window_characters)
         decision = await self._checker.decide(items, Direction.PROMPT)
         self._ledger.record(decision)
         return decision
 
     async def decide(self, index: int, texts: list[str]) -> Decision:
         """Decide on texts of one choice."""
-        items = response_items(self._asked.prompt_of(index), texts, self._window_characters)
+        items = response_items(self.asked.prompt_of(index), texts, self._window_characters)
         return await self._checker.decide(items, Direction.RESPONSE)
 
     def let_out(self, unit: Unit, decision: Decision, *, started: bool = False) -> Unit:
@@ -154,7 +167,10 @@ class _Request:
         for part in unit.parts:
             self._ledger.release(_told(part), (unit.index, "tokens"))
         parts = (replace(part, text=self._ledger.release(part.text, (unit.index, part.channel))) for part in unit.parts)
-        return replace(unit, parts=tuple(parts))
+        leaving = replace(unit, parts=tuple(parts))
+        for part in leaving.parts:
+            self._visit.leave(part.text)
+        return leaving
 
 
 def instead(index: int, decision: Decision, *, started: bool = False) -> Unit:

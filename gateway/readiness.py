@@ -3,6 +3,7 @@
 import asyncio
 import time
 
+from gateway.admission import Admission
 from gateway.upstreams import INFERENCE, SAFETY, Upstreams
 from services.contracts.errors import FedwardError
 
@@ -13,18 +14,19 @@ KEPT_SECONDS = 1.0
 class Readiness:
     """Asks both services whether they are ready, at most once a second however often it is asked itself."""
 
-    def __init__(self, upstreams: Upstreams) -> None:
+    def __init__(self, upstreams: Upstreams, admission: Admission) -> None:
         self._upstreams = upstreams
+        self._admission = admission
         self._lock = asyncio.Lock()
         self._reason: str | None = None
         self._asked_at = float("-inf")
 
     async def __call__(self) -> str | None:
-        """None when both are ready, else the reason in words."""
+        """None when both are ready and nothing of the gateway's own is amiss, else the reason in words."""
         async with self._lock:
             if time.monotonic() - self._asked_at > KEPT_SECONDS:
                 reasons = await asyncio.gather(self._probe(SAFETY), self._probe(INFERENCE))
-                self._reason = "; ".join(reason for reason in reasons if reason) or None
+                self._reason = "; ".join(reason for reason in (*reasons, self._admission.problem) if reason) or None
                 self._asked_at = time.monotonic()
             return self._reason
 

@@ -1,6 +1,6 @@
 """Answers on the way to the client: the decision header, errors in the protocol's own shape, and event streams."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 
 from starlette.responses import JSONResponse, Response
@@ -24,8 +24,8 @@ def decision_header(answer: Json) -> dict[str, str]:
 def error_response(error: FedwardError, wire: Wire) -> Response:
     """An error in the protocol's own shape, with ``Retry-After`` where a retry may help."""
     status, body = wire.error(error)
-    retry = {"retry-after": "1"} if status in (429, 503) else None
-    return JSONResponse(body, status_code=status, headers=retry)
+    retry = {"retry-after": "1"} if status in (429, 503) else {}
+    return JSONResponse(body, status_code=status, headers=retry | error.headers)
 
 
 class EventStream(Response):
@@ -37,9 +37,10 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[Json, None], wire: Wire) -> None:
+    def __init__(self, events: AsyncGenerator[Json, None], wire: Wire, headers: Mapping[str, str]) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
+        self._more_headers = headers  # filled by the time of the first event
         self._events = events
         self._wire = wire
         self._started = False
@@ -67,7 +68,7 @@ class EventStream(Response):
         await _send_body(send, encode(self._wire.END) if self._wire.END else b"", more=False)
 
     async def _start(self, send: Send, first: Json) -> None:
-        self.headers.update(decision_header(first))
+        self.headers.update({**self._more_headers, **decision_header(first)})
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         self._started = True
 

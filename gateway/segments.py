@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from gateway.answers import Part, Token, token_texts
 from gateway.asked import has_words
+from gateway.policy import StreamPolicy, StreamUnit
 
 # A full stop only counts with white space after it (3.14, example.org); full-width ones need none.
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’»)\]]*\s+|\n+|[。！？]")
@@ -18,8 +19,9 @@ _SENTENCE_END = re.compile(r"[.!?…][\"'”’»)\]]*\s+|\n+|[。！？]")
 class Segmenter:
     """Cuts text that arrives in pieces into units. The units, joined, are the text."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, *, at_sentences: bool = True) -> None:
         self._limit = limit
+        self._at_sentences = at_sentences
         self._held = ""
 
     def feed(self, text: str) -> list[str]:
@@ -27,7 +29,7 @@ class Segmenter:
         self._held += text
         units = []
         while True:
-            end = _SENTENCE_END.search(self._held)
+            end = _SENTENCE_END.search(self._held) if self._at_sentences else None
             if end and end.end() <= self._limit:
                 units.append(self._cut(end.end()))
             elif len(self._held) > self._limit:
@@ -69,16 +71,17 @@ class Channel:
     Args:
         index: the choice.
         name: the channel.
-        unit_characters: longest unit.
+        stream: where units end.
         context_characters: how much text before a unit is checked along with it.
     """
 
-    def __init__(self, index: int, name: str, *, unit_characters: int, context_characters: int) -> None:
+    def __init__(self, index: int, name: str, *, stream: StreamPolicy, context_characters: int) -> None:
         self.text = ""
         self._index = index
         self._name = name
         self._context_characters = context_characters
-        self._segmenter = Segmenter(unit_characters)
+        self._whole = stream.unit is StreamUnit.ANSWER
+        self._segmenter = Segmenter(stream.max_characters, at_sentences=stream.unit is StreamUnit.SENTENCE)
         self._cut_characters = 0
         self._wordless = ""
         self._last = ""
@@ -88,6 +91,9 @@ class Channel:
 
     def feed(self, part: Part) -> list[Cut]:
         """Take the next piece; hand out the units that it completes."""
+        if self._whole:
+            self.hold(part)
+            return []
         self._note(part)
         return [cut for text in self._segmenter.feed(part.text) if (cut := self._unit(text))]
 

@@ -1,14 +1,22 @@
 """The gateway's settings: flags, or environment variables that start with ``FEDWARD_GATEWAY_``."""
 
+from pathlib import Path
 from typing import Self
 
 from pydantic import AnyHttpUrl, Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from gateway.audit import AuditSettings
+from gateway.auth import AuthSettings
+from gateway.quotas import LimitsSettings
 from services.common.settings import Settings
 
+# What a policy file says by itself, for each tenant and route.
+OF_THE_POLICY = ("prompt_threshold", "response_threshold", "check_deadline_ms", "unit_characters", "unit_idle_ms")
+LONGEST_UNIT = 10_000  # characters, in a policy file
 
-class GatewaySettings(Settings):
+
+class GatewaySettings(Settings, AuthSettings, LimitsSettings, AuditSettings):
     """Where the services are, how long to wait for them, and how an answer is cut for checking."""
 
     model_config = SettingsConfigDict(env_prefix="FEDWARD_GATEWAY_")
@@ -28,7 +36,13 @@ class GatewaySettings(Settings):
         default=(), description="further names, of the base model or of adapters, that clients may ask for"
     )
 
-    check_deadline_ms: int = Field(default=300, ge=1, description="longest wait for one check; then 503, fail closed")
+    policy_file: Path | None = Field(
+        default=None, description="YAML with thresholds, actions and limits per tenant and route; docs/policy.md"
+    )
+
+    check_deadline_ms: int = Field(
+        default=300, ge=1, le=60_000, description="longest wait for one check; then 503, fail closed"
+    )
     connect_seconds: float = Field(default=2.0, gt=0, description="longest wait for a connection to a service")
     generation_seconds: float = Field(default=120.0, gt=0, description="longest wait for a whole answer")
     silence_seconds: float = Field(default=30.0, gt=0, description="longest pause inside a streamed answer")
@@ -46,8 +60,12 @@ class GatewaySettings(Settings):
     window_characters: int = Field(
         default=2_000, ge=100, description="longest text given to the classifier; longer ones go in overlapping windows"
     )
-    unit_characters: int = Field(default=200, ge=20, description="stream: longest unit of text that is checked at once")
-    unit_idle_ms: int = Field(default=150, ge=1, description="stream: after this pause, check what has arrived")
+    unit_characters: int = Field(
+        default=200, ge=20, le=LONGEST_UNIT, description="stream: longest unit of text that is checked at once"
+    )
+    unit_idle_ms: int = Field(
+        default=150, ge=1, le=60_000, description="stream: after this pause, check what has arrived"
+    )
     context_characters: int = Field(
         default=1_000, ge=0, description="stream: how much of the answer before a unit is checked along with it"
     )
@@ -58,8 +76,16 @@ class GatewaySettings(Settings):
 
     @model_validator(mode="after")
     def _a_unit_fits_in_what_is_held(self) -> Self:
-        if self.held_limit_characters < self.unit_characters:
-            raise ValueError("held_limit_characters must be at least unit_characters")
+        longest = LONGEST_UNIT if self.policy_file else self.unit_characters
+        if self.held_limit_characters < longest:
+            raise ValueError(f"held_limit_characters must be at least {longest}, the longest unit of text")
+        return self
+
+    @model_validator(mode="after")
+    def _one_source_of_policy(self) -> Self:
+        twice = [name for name in OF_THE_POLICY if self.policy_file and name in self.model_fields_set]
+        if twice:
+            raise ValueError(f"{', '.join(twice)}: the policy file says this; leave it out, or the file")
         return self
 
     @property

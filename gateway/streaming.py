@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from gateway.answers import Call, Event, Finish, Head, Part, Unit, texts_to_check
-from gateway.policy import Decision
+from gateway.policy import Decision, StreamPolicy
 from gateway.segments import Channel
 from gateway.settings import GatewaySettings
 from services.contracts.chat import Usage
@@ -25,9 +25,10 @@ Check = Callable[[int, list[str]], Coroutine[Any, Any, Decision]]
 class _Choice:
     """What has come of one choice."""
 
-    def __init__(self, index: int, settings: GatewaySettings) -> None:
+    def __init__(self, index: int, stream: StreamPolicy, context_characters: int) -> None:
         self._index = index
-        self._settings = settings
+        self._stream = stream
+        self._context_characters = context_characters
         self.channels: dict[str, Channel] = {}
         self._calls: dict[tuple[str, int | None], Call] = {}
         self._pause: tuple[str, asyncio.TimerHandle] | None = None  # the channel that last got text
@@ -36,10 +37,7 @@ class _Choice:
         """One channel; a new one when nothing has come in it yet."""
         if name not in self.channels:
             self.channels[name] = Channel(
-                self._index,
-                name,
-                unit_characters=self._settings.unit_characters,
-                context_characters=self._settings.context_characters,
+                self._index, name, stream=self._stream, context_characters=self._context_characters
             )
         return self.channels[name]
 
@@ -81,21 +79,28 @@ class CheckedAnswer:
     Args:
         events: the answer as it comes from upstream.
         check: decides on texts of one choice; called for several units at once.
-        settings: lengths, pauses and limits.
+        stream: how the answer is cut.
+        settings: limits.
         choices: how many choices were asked for.
 
     ``head`` and ``usage`` hold what has come of them. Leaving the block cancels reading and checks.
     """
 
     def __init__(
-        self, events: AsyncGenerator[Event, None], check: Check, settings: GatewaySettings, choices: int
+        self,
+        events: AsyncGenerator[Event, None],
+        check: Check,
+        stream: StreamPolicy,
+        settings: GatewaySettings,
+        choices: int,
     ) -> None:
         self.head: Head | None = None
         self.usage: Usage | None = None
         self._events = events
         self._check = check
         self._settings = settings
-        self._choices = [_Choice(index, settings) for index in range(choices)]
+        self._idle_seconds = stream.idle_ms / 1000
+        self._choices = [_Choice(index, stream, settings.context_characters) for index in range(choices)]
         self._open = set(range(choices))  # more may come of these
         self._awaited = set(range(choices))  # the last unit of these has not been handed out
         self._dropped: set[int] = set()
@@ -208,8 +213,8 @@ class CheckedAnswer:
             self._on_pause(choice, before)
         for cut in choice.channel(part.channel).feed(part):
             self._start_check(Unit(part.index, (cut.part,)), cut.texts)
-        seconds = self._settings.unit_idle_ms / 1000
-        handle = asyncio.get_running_loop().call_later(seconds, self._on_pause, choice, part.channel)
+        loop = asyncio.get_running_loop()
+        handle = loop.call_later(self._idle_seconds, self._on_pause, choice, part.channel)
         choice.wait_for_pause(part.channel, handle)
 
     def _on_pause(self, choice: _Choice, channel: str) -> None:

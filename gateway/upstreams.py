@@ -78,12 +78,14 @@ class Upstreams:
         for client in self._clients.values():
             await client.aclose()
 
-    async def classify(self, items: Sequence[ClassifyItem], direction: Direction) -> list[Verdict]:
+    async def classify(
+        self, items: Sequence[ClassifyItem], direction: Direction, deadline_seconds: float
+    ) -> list[Verdict]:
         """One verdict per item, within the deadline; raises UpstreamUnavailable for anything else."""
         content = ClassifyRequest(items=list(items)).model_dump_json(exclude_none=True).encode()
         started = time.perf_counter()
         try:
-            answer = await self.forward(SAFETY, "POST", "/v1/classify", content)
+            answer = await self.forward(SAFETY, "POST", "/v1/classify", content, deadline_seconds=deadline_seconds)
             verdicts = ClassifyResponse.model_validate_json(answer).verdicts
         except PassedOn as error:
             raise UpstreamUnavailable(SAFETY, f"answered HTTP {error.status} to a check") from error
@@ -95,7 +97,9 @@ class Upstreams:
             raise UpstreamUnavailable(SAFETY, f"gave {len(verdicts)} verdicts on {len(items)} texts")
         return verdicts
 
-    async def forward(self, name: str, method: str, path: str, content: bytes | None = None) -> bytes:
+    async def forward(
+        self, name: str, method: str, path: str, content: bytes | None = None, *, deadline_seconds: float | None = None
+    ) -> bytes:
         """A small request passed on as it is; returns the body of a 2xx.
 
         Raises:
@@ -107,7 +111,7 @@ class Upstreams:
             async with self._open(name, method, path, content) as response:
                 return await _read(name, response)
 
-        return await _within(self._deadlines[name], name, call())
+        return await _within(deadline_seconds or self._deadlines[name], name, call())
 
     async def complete(self, path: str, content: bytes, read: Callable[[bytes], Event]) -> Event:
         """A whole answer, as ``read`` reads it; raises as ``forward`` does."""

@@ -31,8 +31,11 @@ class Wire(Protocol):
     def END(self) -> str:  # noqa: N802
         """The data of the event that closes a stream; empty when there is none."""
 
-    def read(self, raw: Json, settings: GatewaySettings) -> Asked:
-        """The client's request; raises RequestError that names the field at fault."""
+    def read(self, raw: Json, settings: GatewaySettings, system_prompt: str | None = None) -> Asked:
+        """The client's request; raises RequestError that names the field at fault.
+
+        ``system_prompt`` is the operator's, put before the conversation where the protocol has conversations.
+        """
 
     def read_whole(self, body: bytes) -> Event:
         """A whole answer from upstream."""

@@ -54,7 +54,7 @@ MESSAGE_FIELDS = ("name", "tool_calls", "tool_call_id", "function_call", "reason
 _KINDS = {"assistant": Kind.ANSWERED, "tool": Kind.GIVEN}
 
 
-def read(raw: Json, settings: GatewaySettings) -> Asked:
+def read(raw: Json, settings: GatewaySettings, system_prompt: str | None = None) -> Asked:
     """Read the body of a chat request. Fields that the contract does not know go upstream, and their text is checked.
 
     Raises:
@@ -82,8 +82,13 @@ def read(raw: Json, settings: GatewaySettings) -> Asked:
     if has_words(others.text):
         turns = (others, *turns)
     check_length(turns, "messages", settings)
-    content = encode_body(options | {"messages": fields["messages"], "stream": request.stream})
-    return Asked(request.model, turns, (prompt,), content, request.stream, choices)
+    own = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    content = encode_body(options | {"messages": own + fields["messages"], "stream": request.stream})
+    return Asked(request.model, turns, (prompt,), content, request.stream, choices, _answer_tokens(request))
+
+
+def _answer_tokens(request: ChatRequest) -> int | None:
+    return request.max_completion_tokens or request.max_tokens
 
 
 def _turn(message: ChatMessage) -> Turn:

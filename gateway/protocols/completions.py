@@ -23,8 +23,8 @@ END = openai_fields.END
 error = openai_fields.error
 
 
-def read(raw: Json, settings: GatewaySettings) -> Asked:
-    """Read the body of a completion request.
+def read(raw: Json, settings: GatewaySettings, system_prompt: str | None = None) -> Asked:
+    """Read the body of a completion request. A raw prompt has no place for a system prompt.
 
     Raises:
         RequestError: a field is malformed, or is one that this gateway cannot check; the error names it.
@@ -43,7 +43,9 @@ def read(raw: Json, settings: GatewaySettings) -> Asked:
         turns = (others, *turns)
     check_length(turns, "prompt", settings)
     body = options | {"model": model, "prompt": fields["prompt"], "stream": stream}
-    return Asked(model, turns, prompts, encode_body(body), stream, choices_asked(fields) * len(prompts))
+    limit = fields.get("max_tokens")
+    answer_tokens = limit if isinstance(limit, int) and limit > 0 else None
+    return Asked(model, turns, prompts, encode_body(body), stream, choices_asked(fields) * len(prompts), answer_tokens)
 
 
 def _prompts(prompt: object, settings: GatewaySettings) -> tuple[str, ...]:

@@ -27,8 +27,8 @@ ID_PREFIX = ""
 END = ""
 
 
-def read(raw: Json, settings: GatewaySettings) -> Asked:
-    """Read the body of a request; ``stream`` counts on the route that looks at it.
+def read(raw: Json, settings: GatewaySettings, system_prompt: str | None = None) -> Asked:
+    """Read the body of a request; ``stream`` counts on the route that looks at it. There is no system prompt here.
 
     Raises:
         RequestError: a field is malformed; the error names it.
@@ -55,7 +55,14 @@ def read(raw: Json, settings: GatewaySettings) -> Asked:
     body = {"inputs": request.inputs, "parameters": parameters}
     echoed = request.inputs if wanted.return_full_text else ""
     return Asked(
-        model, turns, (request.inputs,), encode_body(body), request.stream, echoed=echoed, details=wanted.details
+        model,
+        turns,
+        (request.inputs,),
+        encode_body(body),
+        request.stream,
+        answer_tokens=wanted.max_new_tokens,
+        echoed=echoed,
+        details=wanted.details,
     )
 
 
@@ -156,7 +163,7 @@ def usage_events(head: Head, usage: Usage) -> list[Json]:
 def error(problem: FedwardError) -> tuple[int, Json]:
     """HTTP status and body in TGI's terms."""
     status, message = status_of(problem), problem.body()["error"]["message"]
-    if isinstance(problem, RequestError):
+    if isinstance(problem, RequestError) and status in (400, 404):
         status = 422
     kind = "overloaded" if status == 429 else "validation" if status < 500 else "generation"
     return status, TgiError(error=message, error_type=kind).model_dump()

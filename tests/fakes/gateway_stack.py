@@ -1,6 +1,7 @@
 """The gateway between two fake services, on real sockets, and what its tests have in common."""
 
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -54,7 +55,11 @@ class Stack:
 def gateway(inference_url: str, safety_url: str, limits: dict[str, Any] = PATIENT) -> AbstractContextManager[str]:
     """A gateway in a thread; gives its URL."""
     values = limits | {"inference_url": inference_url, "safety_url": safety_url, "held_limit_characters": 3000}
-    values |= {"served_model_name": "fake", "allowed_models": ("other", MARKER)}
+    values |= {
+        "audit_url": f"sqlite:///{tempfile.mkdtemp()}/audit.db",
+        "served_model_name": "fake",
+        "allowed_models": ("other", MARKER),
+    }
     return serving(build_app(GatewaySettings(**values)))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gateway.checks import MAX_ITEMS, Checker
-from gateway.policy import Decision, Direction, Policy
+from gateway.policy import Action, Decision, Direction, DirectionPolicy, Policy
 from services.contracts.errors import UpstreamUnavailable
 from services.contracts.verdicts import ClassifyItem, Outcome, Verdict
 
@@ -26,7 +26,7 @@ class Classifier:
         self.running = self.most = 0
         self._seconds = seconds
 
-    async def __call__(self, items: Sequence[ClassifyItem], direction: Direction) -> list[Verdict]:
+    async def __call__(self, items: Sequence[ClassifyItem], direction: Direction, seconds: float) -> list[Verdict]:
         self.calls.append([item.response or item.prompt or "" for item in items])
         self.running += 1
         self.most = max(self.most, self.running)
@@ -37,13 +37,24 @@ class Classifier:
         return [verdict(item) for item in items]
 
 
+class Notes:
+    """Takes what a checker notes: decisions, verdicts, characters, seconds."""
+
+    def __init__(self) -> None:
+        self.all: list[tuple[Decision, Sequence[Verdict], int]] = []
+
+    def __call__(self, decision: Decision, verdicts: Sequence[Verdict], characters: int, seconds: float) -> None:
+        assert seconds >= 0
+        self.all.append((decision, verdicts, characters))
+
+
 def answers(*texts: str) -> list[ClassifyItem]:
     return [ClassifyItem(prompt="hi", response=text) for text in texts]
 
 
 def decisions(classifier: Classifier, batches: list[list[ClassifyItem]], in_flight: int = 1) -> list[Any]:
     async def run() -> list[Any]:
-        checker = Checker(classifier, Policy(), in_flight)
+        checker = Checker(classifier, Policy(), Notes(), in_flight)
         checks = (checker.decide(items, Direction.RESPONSE) for items in batches)
         return await asyncio.gather(*checks, return_exceptions=True)
 
@@ -66,7 +77,7 @@ def test_what_comes_while_all_slots_are_taken_goes_together_afterwards() -> None
     classifier = Classifier(0.01)
 
     async def run() -> None:
-        checker = Checker(classifier, Policy(), 2)
+        checker = Checker(classifier, Policy(), Notes(), 2)
 
         async def after(ticks: int) -> Decision:
             for _ in range(3 * ticks):
@@ -78,6 +89,30 @@ def test_what_comes_while_all_slots_are_taken_goes_together_afterwards() -> None
     asyncio.run(run())
     assert classifier.calls == [["text 0"], ["text 1"], ["text 2", "text 3", "text 4", "text 5"]]
     assert classifier.most == 2
+
+
+def test_decisions_are_noted_with_their_verdicts_and_with_what_shadow_would_have_done() -> None:
+    notes = Notes()
+
+    async def run() -> list[Decision]:
+        policy = Policy(shadow=True, response=DirectionPolicy(action=Action.REDACT))
+        checker = Checker(Classifier(), policy, notes, 1)
+        return [await checker.decide(answers(*texts), Direction.RESPONSE) for texts in (("fine",), ("bad", "good"))]
+
+    fine, bad = asyncio.run(run())
+    assert (fine.allowed, fine.shadowed) == (True, None)
+    assert (bad.allowed, bad.shadowed) == (True, Action.REDACT)
+    assert [(decision, characters) for decision, _, characters in notes.all] == [(fine, 4), (bad, 7)]
+    assert [verdict.outcome for verdict in notes.all[1][1]] == [Outcome.UNSAFE, Outcome.SAFE]
+
+
+@pytest.mark.parametrize("action", [Action.REDACT, Action.REVISE, Action.REFUSE])
+def test_what_cannot_be_redacted_or_revised_is_refused(action: Action) -> None:
+    async def run() -> Decision:
+        checker = Checker(Classifier(), Policy(response=DirectionPolicy(action=action)), Notes(), 1)
+        return await checker.decide(answers("bad"), Direction.RESPONSE)
+
+    assert asyncio.run(run()).action is Action.REFUSE
 
 
 def test_call_is_bounded() -> None:
@@ -104,7 +139,7 @@ def test_cancelled_check_leaves_nobody_waiting(cancelled: int) -> None:
     classifier = Classifier(60)
 
     async def run() -> None:
-        checker = Checker(classifier, Policy(), 1)
+        checker = Checker(classifier, Policy(), Notes(), 1)
         tasks = [asyncio.create_task(checker.decide(answers("fine"), Direction.RESPONSE)) for _ in range(2)]
         await asyncio.sleep(0.01)
         tasks[cancelled].cancel()

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.admission import policy_of_settings
 from gateway.answers import CONTENT, Call, Event, Finish, Part, Token, Unit
-from gateway.policy import Action, Decision, Direction
+from gateway.policy import Action, Decision, Direction, StreamPolicy
 from gateway.segments import Segmenter
 from gateway.settings import GatewaySettings
 from gateway.streaming import CheckedAnswer
@@ -74,6 +75,10 @@ def settings(**values: int | float) -> GatewaySettings:
     return GatewaySettings.model_validate({"unit_characters": 20, "context_characters": 10} | values)
 
 
+def stream_of(values: GatewaySettings) -> StreamPolicy:
+    return policy_of_settings(values).stream
+
+
 async def chunks(*texts: str, finish: bool = True) -> AsyncGenerator[Event, None]:
     for text in texts:
         yield said(text)
@@ -101,7 +106,7 @@ async def allow(index: int, texts: list[str]) -> Decision:
 
 
 def answer_of(source: AsyncGenerator[Event, None], check: Any = allow, **values: int | float) -> CheckedAnswer:
-    return CheckedAnswer(source, check, settings(**values), 1)
+    return CheckedAnswer(source, check, stream_of(settings(**values)), settings(**values), 1)
 
 
 async def released(answer: CheckedAnswer) -> list[str]:
@@ -143,7 +148,7 @@ def test_text_before_the_first_word_waits_for_it(pieces: list[str], units: list[
 
 def collected(parts: list[Event], choices: int = 1, check: Any = allow) -> list[Unit]:
     async def run() -> list[Unit]:
-        async with CheckedAnswer(arriving(*parts), check, settings(), choices) as answer:
+        async with CheckedAnswer(arriving(*parts), check, stream_of(settings()), settings(), choices) as answer:
             return [unit async for unit, _ in answer]
 
     return asyncio.run(run())
@@ -230,7 +235,7 @@ def test_dropped_choice_ends_and_the_others_go_on() -> None:
     async def run() -> list[tuple[int, str]]:
         parts = [said("Good. ", 0), said("A bad one. ", 1), said("More. ", 1), said("Fine. ", 0), ended(1), ended(0)]
         units = []
-        async with CheckedAnswer(arriving(*parts), check, settings(), 2) as answer:
+        async with CheckedAnswer(arriving(*parts), check, stream_of(settings()), settings(), 2) as answer:
             async for unit, decision in answer:
                 if decision.allowed:
                     units.append((unit.index, unit.text()))

@@ -1,0 +1,216 @@
+"""Who asks, policies, quotas and the audit around requests, on a running gateway between two fake services."""
+
+import io
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+from openai import AuthenticationError, OpenAI, RateLimitError
+
+from gateway.app import build_app
+from gateway.audit_store import AuditStore
+from gateway.keys_command import main as keys
+from gateway.settings import GatewaySettings
+from services.contracts.errors import ConfigError
+from tests.fakes.gateway_stack import PATIENT, chat_body, events, said, wait_for
+from tests.fakes.gateway_upstreams import MARKER, FakeInference, FakeSafety, serving
+
+POLICY = """\
+schema_version: 1
+tenants:
+  strict:
+    models: [other]
+  trial:
+    shadow: true
+  slow:
+    stream: {unit: answer}
+  guided:
+    system_prompt: Answer in one sentence.
+"""
+LIMITS = """\
+[tenants.few]
+requests = "2/hour"
+"""
+
+
+class Door(NamedTuple):
+    """A gateway with API keys, a policy file, limits and an audit."""
+
+    url: str
+    inference: FakeInference
+    safety: FakeSafety
+    keys: dict[str, str]
+    audit: Path
+
+    def post(self, tenant: str, path: str = "/v1/chat/completions", **fields: Any) -> httpx.Response:
+        body = chat_body(**fields) if path.startswith("/v1/chat") else fields
+        return httpx.post(self.url + path, json=body, headers=self.header(tenant), timeout=20)
+
+    def header(self, tenant: str) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.keys[tenant]}"}
+
+    def records(self, tenant: str) -> list[dict[str, Any]]:
+        store = AuditStore(f"sqlite:///{self.audit}")
+        try:
+            return [json.loads(row.body) for row in store.recent(100, tenant)]
+        finally:
+            store.close()
+
+
+@pytest.fixture(scope="module")
+def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
+    folder = tmp_path_factory.mktemp("door")
+    file, secrets = folder / "keys.json", {}
+    for tenant in ("strict", "trial", "slow", "guided", "few", "plain"):
+        secrets[tenant] = create_key(file, tenant)
+    (folder / "policy.yaml").write_text(POLICY)
+    (folder / "limits.toml").write_text(LIMITS)
+    inference, safety = FakeInference(), FakeSafety()
+    with ExitStack() as exits:
+        urls = [exits.enter_context(serving(service)) for service in (inference, safety)]
+        values: dict[str, Any] = {name: value for name, value in PATIENT.items() if name.endswith("seconds")}
+        values |= {
+            "inference_url": urls[0],
+            "safety_url": urls[1],
+            "served_model_name": "fake",
+            "allowed_models": ("other",),
+            "auth": "keys",
+            "keys_file": file,
+            "policy_file": folder / "policy.yaml",
+            "limits_file": folder / "limits.toml",
+            "audit_url": f"sqlite:///{folder}/audit.db",
+        }
+        settings = GatewaySettings.model_validate(values)
+        url = exits.enter_context(serving(build_app(settings)))
+        yield Door(url, inference, safety, secrets, folder / "audit.db")
+
+
+def create_key(file: Path, tenant: str) -> str:
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        assert keys(["create", "--file", str(file), "--tenant", tenant, "--name", "test"]) == 0
+    return printed.getvalue().strip()
+
+
+@pytest.fixture(autouse=True)
+def quiet(door: Door) -> None:
+    door.inference.pieces = ["All ", "is ", "well."]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/completions"),
+        ("POST", "/v1/moderations"),
+        ("GET", "/v1/models"),
+        ("GET", "/v1/models/fake"),
+        ("POST", "/generate"),
+        ("POST", "/generate_stream"),
+        ("POST", "/"),
+        ("GET", "/info"),
+    ],
+)
+def test_nobody_gets_in_without_a_key(door: Door, method: str, path: str) -> None:
+    answer = httpx.request(method, door.url + path, json=chat_body() if method == "POST" else None)
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"].startswith("Bearer ")
+
+
+def test_official_client_with_and_without_a_valid_key(door: Door) -> None:
+    with OpenAI(base_url=f"{door.url}/v1", api_key=door.keys["plain"], max_retries=0) as client:
+        answer = client.chat.completions.create(model="fake", messages=[{"role": "user", "content": "Hello"}])
+        assert answer.choices[0].message.content == "All is well."
+    wrong = OpenAI(base_url=f"{door.url}/v1", api_key="fw-wrong", max_retries=0)
+    with wrong as client, pytest.raises(AuthenticationError, match="not known"):
+        client.models.list()
+
+
+def test_request_is_recorded_with_its_decisions_and_without_its_text(door: Door) -> None:
+    door.post("plain", messages=[{"role": "user", "content": "Which rivers are long?"}])
+    record = door.records("plain")[0]
+    assert record["route"] == "chat"
+    assert record["action"] == "allow"
+    assert record["key_name"] == "test"
+    assert record["released_characters"] == len("All is well.")
+    assert [decision["direction"] for decision in record["decisions"]] == ["prompt", "response"]
+    assert len(record["prompt_hmac"]) == len(record["policy_sha256"]) == 64
+    assert b"rivers" not in door.audit.read_bytes()
+
+
+def test_blocked_answer_is_recorded_as_refused(door: Door) -> None:
+    door.inference.pieces = ["Now ", MARKER, "."]
+    assert door.post("plain", stream=True).status_code == 200
+    record = door.records("plain")[0]
+    assert (record["action"], record["released_characters"]) == ("refuse", 0)
+
+
+def test_policy_does_not_allow_every_model_to_every_tenant(door: Door) -> None:
+    assert door.post("plain", model="fake").status_code == 200
+    assert door.post("strict", model="fake").status_code == 404
+    assert door.records("strict")[0]["error"] == "model_not_found"
+
+
+def test_shadow_lets_out_and_records_what_it_would_have_done(door: Door) -> None:
+    door.inference.pieces = ["Now ", MARKER, "."]
+    answer = door.post("trial")
+    assert MARKER in answer.json()["choices"][0]["message"]["content"]
+    assert answer.headers["x-fedward-decision"] == "allow"
+    record = door.records("trial")[0]
+    assert record["action"] == "allow"
+    assert [(one["action"], one["shadow"]) for one in record["decisions"]] == [("allow", False), ("refuse", True)]
+
+
+def test_whole_answer_as_the_unit_of_a_stream(door: Door) -> None:
+    door.inference.pieces = [f"Sentence {i}. " for i in range(10)]
+    parts = events(door.post("slow", stream=True))
+    assert said(parts) == "".join(door.inference.pieces)
+    texts = [part["choices"][0]["delta"].get("content") for part in parts if part != "[DONE]" and part["choices"]]
+    assert sum(1 for text in texts if text) == 1
+    assert len(door.records("slow")[0]["decisions"]) == 2
+
+
+def test_system_prompt_of_the_policy_goes_upstream(door: Door) -> None:
+    door.post("guided")
+    assert door.inference.requests[-1]["messages"][0] == {"role": "system", "content": "Answer in one sentence."}
+
+
+def test_requests_over_the_limit_are_told_when_to_come_again(door: Door) -> None:
+    first = door.post("few")
+    assert first.headers["x-ratelimit-remaining-requests"] == "1"
+    assert door.post("few", stream=True).headers["x-ratelimit-remaining-requests"] == "0"
+    refused = door.post("few", "/generate", inputs="Hello")
+    assert refused.status_code == 429
+    assert refused.json()["error_type"] == "overloaded"
+    assert int(refused.headers["retry-after"]) > 1
+    few = OpenAI(base_url=f"{door.url}/v1", api_key=door.keys["few"], max_retries=0)
+    with few as client, pytest.raises(RateLimitError, match="limit of requests met"):
+        client.chat.completions.create(model="fake", messages=[{"role": "user", "content": "Hello"}])
+    assert [record.get("error") for record in door.records("few")[:2]] == ["rate_limit_exceeded"] * 2
+
+
+def test_request_that_cannot_be_read_and_client_that_leaves_are_recorded(door: Door) -> None:
+    assert door.post("plain", messages=[]).status_code == 400
+    assert door.records("plain")[0]["error"] == "invalid_request"
+    door.inference.pieces = ["One. "] * 200
+    before = len(door.records("plain"))
+    url, body = f"{door.url}/v1/chat/completions", chat_body(stream=True)
+    with httpx.stream("POST", url, json=body, headers=door.header("plain")) as answer:
+        next(answer.iter_bytes())
+    wait_for(lambda: len(door.records("plain")) > before)
+
+
+def test_gateway_does_not_start_where_others_can_reach_it_without_identity() -> None:
+    with pytest.raises(ConfigError, match="--auth is none"):
+        build_app(GatewaySettings(host="0.0.0.0"))
+
+
+@pytest.mark.parametrize("name", ["prompt_threshold", "unit_characters"])
+def test_policy_file_and_its_settings_exclude_each_other(tmp_path: Path, name: str) -> None:
+    value = 0.5 if name == "prompt_threshold" else 100
+    with pytest.raises(ValueError, match=f"{name}: the policy file says this"):
+        GatewaySettings.model_validate({"policy_file": tmp_path / "policy.yaml", name: value})
