@@ -374,7 +374,7 @@ def test_process_serves_and_logs_no_text(stack: Stack, tmp_path: Path) -> None:
             process.terminate()
             process.wait(timeout=20)
     text = log.read_text()
-    assert "refused" in text
+    assert "found unsafe" in text
     assert "check failed" in text
     assert MARKER not in text
     assert "secret" not in text

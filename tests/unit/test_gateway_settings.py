@@ -2,6 +2,9 @@
 
 import pytest
 
+from gateway.audit import AuditSettings
+from gateway.auth import AuthSettings
+from gateway.quotas import LimitsSettings
 from gateway.settings import GatewaySettings
 from services.common.settings import Settings, load_settings
 from services.contracts.errors import ConfigError
@@ -27,7 +30,7 @@ def test_defaults_are_those_of_the_design() -> None:
         (["--safety-url", "nonsense"], "safety_url"),
         (["--inference-url", "ftp://host"], "inference_url"),
         (["--prompt-threshold", "1.5"], "prompt_threshold"),
-        (["--held-limit-characters", "50"], "held_limit_characters must be at least unit_characters"),
+        (["--held-limit-characters", "50"], "held_limit_characters must be at least 200"),
     ],
 )
 def test_bad_value_is_refused_by_name(arguments: list[str], named: str) -> None:
@@ -42,7 +45,8 @@ def test_unknown_variable_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_no_setting_is_added_without_this_test_being_told() -> None:
-    assert sorted(set(GatewaySettings.model_fields) - set(Settings.model_fields)) == [
+    shared = {*Settings.model_fields, *AuthSettings.model_fields, *LimitsSettings.model_fields}
+    assert sorted(set(GatewaySettings.model_fields) - shared - set(AuditSettings.model_fields)) == [
         "allowed_models",
         "check_deadline_ms",
         "checks_in_flight",
@@ -52,6 +56,7 @@ def test_no_setting_is_added_without_this_test_being_told() -> None:
         "held_limit_characters",
         "inference_url",
         "message_limit",
+        "policy_file",
         "prompt_limit_characters",
         "prompt_threshold",
         "requests_in_flight",
