@@ -79,7 +79,7 @@ miniature: setup ## pretrain the miniature language model anew (up to an hour on
 
 .PHONY: safety-model
 safety-model: setup ## train the safety classifier's shipped weights anew (half an hour of one core that has bfloat16)
-	$(BIN)/python -m services.safety train --bfloat16
+	$(BIN)/python -m services.safety train --seed 1 --bfloat16
 
 .PHONY: bench-safety
 bench-safety: setup ## speed of the safety service against a plain transformers pipeline; writes runs/bench/safety.json
