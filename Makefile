@@ -85,6 +85,10 @@ safety-model: setup ## train the safety classifier's shipped weights anew (half 
 bench-safety: setup ## speed of the safety service against a plain transformers pipeline; writes runs/bench/safety.json
 	$(BIN)/python -m services.safety bench
 
+.PHONY: bench-gateway
+bench-gateway: setup ## the gateway beside LiteLLM, Portkey and plain FastAPI; writes runs/bench/gateway.json
+	$(BIN)/python -m gateway.bench
+
 .PHONY: measure
 measure: setup ## print the measured quality of the shipped classifier and miniature
 	$(BIN)/python -m services.safety measure --tier encoder

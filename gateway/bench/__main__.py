@@ -40,7 +40,8 @@ PROGRAM = "python -m gateway.bench"
 def main(argv: Sequence[str]) -> int:
     """Measure, print the tables and write the JSON; returns the exit code."""
     options = read_options(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by default it would leave the gateways behind
+    for number in (signal.SIGTERM, signal.SIGINT):  # by default the first would leave the gateways behind
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         summary = run(options) | {"command": shlex.join([*PROGRAM.split(), *argv])}
         print(tables(summary))
@@ -50,8 +51,6 @@ def main(argv: Sequence[str]) -> int:
             raise ConfigError(f"{options.out}: cannot write the figures: {error.strerror}") from error
     except FedwardError as error:
         return exit_with(error)
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 
@@ -80,7 +79,7 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Start everything, measure, and stop everything."""
-    console, cores = Console(stderr=True), Cores.found()
+    console, cores = Console(stderr=True), Cores(None, None) if options.quick else Cores.found()
     folder = options.out.with_suffix("").absolute()
     folder.mkdir(parents=True, exist_ok=True)
     found = provenance()

@@ -24,11 +24,12 @@ ANSWERS: dict[str, Script] = {
     "stream_marker_in_tool_call": UNSAFE.model_copy(update={"marker_field": "tool_calls"}),
 }
 WHOLE = ("stream", "stream_marker_in_reasoning", "stream_marker_in_tool_call")
+QUICK_SECONDS = 0.002
 
 
 async def leaks(gateway: Gateway, services: MockServices, *, quick: bool = False) -> dict[str, Any]:
     """Every mode, and the stream again in each other setting of the peer; ``characters_leaked`` is the worst mode."""
-    pause = {"word_seconds": 0.002} if quick else {}
+    pause = {"word_seconds": QUICK_SECONDS} if quick else {}
     modes: dict[str, Any] = {}
     variants: dict[str, Any] = {}
     async with aiohttp.ClientSession() as session:

@@ -86,14 +86,23 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
     """End a process group: asked first, killed after a while."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + END_SECONDS
-        while time.monotonic() < deadline:
-            try:
-                os.killpg(process.pid, number)
-            except ProcessLookupError:
-                process.wait()
-                return
+        there = _signal(process.pid, number)
+        while there and time.monotonic() < deadline:
+            time.sleep(0.02)
             process.poll()  # a leader that has ended keeps its group alive until it is waited for
-            time.sleep(0.05)
+            there = _signal(process.pid, 0)
+        if not there:
+            break
+    process.wait()
+
+
+def _signal(group: int, number: int) -> bool:
+    """Whether there is such a process group; 0 only asks."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def cpu_seconds(process: psutil.Process) -> float:
