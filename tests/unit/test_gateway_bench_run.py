@@ -34,13 +34,14 @@ def wait_until(condition: Any, what: str) -> None:
 def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("bench") / "gateway.json"
     command = [*BENCH, "--peers", "fedward,fastapi_httpx", "--out", str(out)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=290, check=False)
     assert done.returncode == 0, done.stderr
     assert "| fastapi_httpx |" in done.stdout
     found: dict[str, Any] = json.loads(out.read_text())
     return found
 
 
+@pytest.mark.long
 def test_the_agreed_keys_are_there(figures: dict[str, Any]) -> None:
     for peer in ("fedward", "fastapi_httpx"):
         assert figures["peers"][peer]["rss_mb"] > 10
@@ -53,6 +54,7 @@ def test_the_agreed_keys_are_there(figures: dict[str, Any]) -> None:
     assert figures["command"].startswith("python -m gateway.bench --quick --peers fedward,fastapi_httpx")
 
 
+@pytest.mark.long
 def test_our_gateway_leaks_nothing_and_what_people_write_does(figures: dict[str, Any]) -> None:
     ours, theirs = figures["leak"]["fedward"], figures["leak"]["fastapi_httpx"]
     assert {mode: found["characters_leaked"] for mode, found in ours["modes"].items()} == dict.fromkeys(
@@ -62,6 +64,7 @@ def test_our_gateway_leaks_nothing_and_what_people_write_does(figures: dict[str,
     assert theirs["modes"]["whole"]["characters_leaked"] == 0
 
 
+@pytest.mark.long
 def test_our_gateway_passes_no_unsafe_text_in_any_fault(figures: dict[str, Any]) -> None:
     cases = figures["fault"]["fedward"]
     assert not [name for name, case in cases.items() if case.get("unsafe_text_passed")]
