@@ -62,8 +62,9 @@ def running(
         PeerFailed: the command does not exist.
     """
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-    with log.open("wb") as output:
-        try:
+    process = None
+    try:
+        with log.open("wb") as output, _uninterrupted():
             process = subprocess.Popen(
                 command,
                 env=kept | dict(environment),
@@ -73,13 +74,30 @@ def running(
                 stderr=output,
                 start_new_session=True,
             )
-        except OSError as error:
-            raise PeerFailed(f"cannot start {command[0]}: {error.strerror}") from error
-    try:
         pin(process.pid, core)
         yield psutil.Process(process.pid)
+    except FileNotFoundError as error:
+        if process:
+            raise
+        raise PeerFailed(f"cannot start {command[0]}: {error.strerror}") from error
     finally:
-        end_group(process)
+        if process:
+            end_group(process)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """SIGTERM and SIGINT wait until the block's end: a process must not start without being known to us."""
+    waiting: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda number, _: waiting.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in waiting[:1]:
+            signal.raise_signal(late)
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:

@@ -81,7 +81,7 @@ def test_interrupted_run_leaves_no_process_behind(tmp_path: Path, number: signal
         started = process.children(recursive=True)
         bench.send_signal(number)
         assert bench.wait(60) == 128 + number
-    assert not any(one.is_running() for one in started)
+    wait_until(lambda: not any(one.is_running() for one in started), "a process was left behind")
     assert not (tmp_path / "gateway.json").exists()
 
 
