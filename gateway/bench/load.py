@@ -15,6 +15,7 @@ from gateway.bench.processes import TICK, cpu_seconds
 from gateway.bench.script import Script
 
 PATIENCE = 60.0
+SETTLE_SECONDS = 0.5  # for what a gateway does only after it has answered, such as its logs
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ async def measure(gateway: Gateway, work: Work, number: int, requests: int, seco
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         warm = [ask(session, gateway.target, PATIENCE, stream=work.stream) for _ in range(work.concurrency)]
         await asyncio.gather(*warm)
+        await asyncio.sleep(SETTLE_SECONDS)
         answers, numbers = [], count()
         began, cpu_began = time.perf_counter(), cpu_seconds(gateway.process)
 
@@ -71,7 +73,9 @@ async def measure(gateway: Gateway, work: Work, number: int, requests: int, seco
                 answers.append(await ask(session, gateway.target, PATIENCE, stream=work.stream))
 
         await asyncio.gather(*(ask_on() for _ in range(work.concurrency)))
-        wall, cpu = time.perf_counter() - began, max(cpu_seconds(gateway.process) - cpu_began, TICK)
+        wall = time.perf_counter() - began
+        await asyncio.sleep(SETTLE_SECONDS)
+        cpu = max(cpu_seconds(gateway.process) - cpu_began, TICK)
     good = [answer for answer in answers if is_good(answer, work.script)]
     bad = next((answer for answer in answers if not is_good(answer, work.script)), None)
     timed = good or answers
