@@ -89,6 +89,10 @@ bench-safety: setup ## speed of the safety service against a plain transformers 
 bench-inference: setup ## speed of the inference service against one-at-a-time generate; writes runs/bench/inference.json
 	$(BIN)/python -m services.inference bench
 
+.PHONY: bench-gateway
+bench-gateway: setup ## the gateway beside LiteLLM, Portkey and plain FastAPI; writes runs/bench/gateway.json
+	$(BIN)/python -m gateway.bench
+
 .PHONY: measure
 measure: setup ## print the measured quality of the shipped classifier and miniature
 	$(BIN)/python -m services.safety measure --tier encoder

@@ -1,0 +1,1 @@
+"""``make bench-gateway``: the gateway beside its peers, on the same mock services, in one run."""

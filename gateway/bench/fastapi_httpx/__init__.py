@@ -1,0 +1,1 @@
+"""The gateway that people write themselves, as a peer of the benchmark."""
