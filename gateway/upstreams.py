@@ -19,6 +19,7 @@ from gateway.metrics import CHECK_SECONDS, UPSTREAM_CANCELLATIONS
 from gateway.policy import Direction
 from gateway.settings import GatewaySettings
 from gateway.sse import DONE, EventTooLarge, SseParser
+from gateway.transport import fast_transport
 from services.common.http import unavailable
 from services.contracts.chat import Json, TgiError
 from services.contracts.errors import ErrorBody, ErrorDetail, FedwardError, UpstreamRejected, UpstreamUnavailable
@@ -30,7 +31,7 @@ _BODY_LIMIT = 4_000_000
 _JSON = {"content-type": "application/json"}
 _CALLS: set[asyncio.Task[bytes]] = set()  # also those that were given up: the event loop does not keep them alive
 # Shorter than the 5 s after which uvicorn closes an idle connection: a kept one must not die as it is taken.
-_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=2.0)
+_KEEPALIVE_SECONDS = 2.0
 
 
 class PassedOn(UpstreamRejected):
@@ -69,7 +70,7 @@ class Upstreams:
         # The first byte of a whole answer comes when the answer is complete: a pause cannot be told from work.
         self._patient = httpx.Timeout(settings.generation_seconds, connect=settings.connect_seconds, pool=None)
         self._clients = {
-            name: httpx.AsyncClient(base_url=str(url), limits=_LIMITS, trust_env=False)
+            name: httpx.AsyncClient(base_url=str(url), transport=fast_transport(_KEEPALIVE_SECONDS), trust_env=False)
             for name, url in ((INFERENCE, settings.inference_url), (SAFETY, settings.safety_url))
         }
 
