@@ -11,6 +11,7 @@ from typing import Any
 
 import gateway
 from gateway.bench.install import litellm, node, portkey
+from gateway.bench.script import MODEL
 from gateway.bench.services import MockServices
 from services.common.ports import free_port
 
@@ -39,7 +40,7 @@ def launch_fedward(services: MockServices, cache: Path, folder: Path, flags: Seq
     port = free_port()
     command = [sys.executable, "-m", "gateway", "--port", str(port), "--log-level", "warning"]
     command += ["--inference-url", services.upstream_url, "--safety-url", services.classifier_url]
-    command += ["--audit-url", f"sqlite:///{folder / 'audit.db'}", *flags]
+    command += ["--served-model-name", MODEL, "--audit-url", f"sqlite:///{folder / 'audit.db'}", *flags]
     return Launch(command, port, {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
 
 
