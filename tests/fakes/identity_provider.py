@@ -35,7 +35,7 @@ class SigningKey:
     def token(self, *, header: dict[str, Any] | None = None, **claims: Any) -> str:
         """A token that is valid, but for the claims and header fields given here; ``...`` leaves one out."""
         now = int(time.time())
-        usual = {"iss": ISSUER, "aud": AUDIENCE, "exp": now + 600, "iat": now, "sub": "user-1", "tenant": "acme"}
+        usual = {"iss": ISSUER, "aud": AUDIENCE, "exp": now + 7200, "iat": now, "sub": "user-1", "tenant": "acme"}
         wanted = {name: value for name, value in (usual | claims).items() if value is not ...}
         headers = {name: value for name, value in ({"kid": self.kid} | (header or {})).items() if value is not ...}
         return jwt.encode(wanted, self.private, algorithm=self.algorithm, headers=headers)
