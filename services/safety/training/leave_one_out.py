@@ -31,7 +31,7 @@ from services.safety.training.samples import Sample
 from services.safety.training.sources import data_folder
 from services.safety.training.tune import tuning_recipe
 
-EPOCHS = 2.0
+EPOCHS = 1.0
 Flags = npt.NDArray[np.bool_]
 
 
