@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from gateway.settings import GatewaySettings
 from services.contracts.chat import Json
 from services.contracts.errors import PromptTooLong, RequestError, UnknownModel
@@ -19,6 +21,9 @@ _PROTOCOL_WORDS = {
     *("id", "integer", "items", "json", "json_object", "json_schema", "name", "none", "null", "number", "object"),
     *("parameters", "properties", "regex", "required", "schema", "strict", "string", "text", "title", "type", "value"),
 }
+
+
+_BOOLEAN = TypeAdapter(bool)
 
 
 class Kind(Enum):
@@ -60,6 +65,14 @@ class Asked:
     def prompt_of(self, index: int) -> str:
         """The prompt that one choice answers."""
         return self.prompts[index * len(self.prompts) // self.choices]
+
+
+def wants_stream(raw: Json) -> bool:
+    """Whether a body asks for a stream, in whatever way a boolean may be written; the reader refuses what is none."""
+    try:
+        return _BOOLEAN.validate_python(raw.get("stream") or False)
+    except ValidationError:
+        return False
 
 
 def has_words(text: str) -> bool:

@@ -193,6 +193,15 @@ def test_requests_over_the_limit_are_told_when_to_come_again(door: Door) -> None
     assert [record.get("error") for record in door.records("few")[:2]] == ["rate_limit_exceeded"] * 2
 
 
+def test_stream_may_be_asked_for_by_whatever_means_true(door: Door) -> None:
+    for value in (True, 1, "true"):
+        answer = door.post("plain", stream=value)
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert said(events(answer)) == "All is well."
+    refused = door.post("plain", stream="perhaps")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "stream")
+
+
 def test_request_that_cannot_be_read_and_client_that_leaves_are_recorded(door: Door) -> None:
     assert door.post("plain", messages=[]).status_code == 400
     assert door.records("plain")[0]["error"] == "invalid_request"
