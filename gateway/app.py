@@ -1,15 +1,14 @@
 """The gateway's routes."""
 
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from fastapi.routing import APIRoute
 
 from gateway.admission import Admission
+from gateway.asked import wants_stream
 from gateway.models import find_model, list_models
 from gateway.pipeline import Pipeline
 from gateway.policy_file import Route
@@ -18,10 +17,9 @@ from gateway.readiness import Readiness
 from gateway.responses import EventStream, decision_header, error_response
 from gateway.settings import GatewaySettings
 from gateway.upstreams import INFERENCE, SAFETY, PassedOn, Upstreams
-from services.common.app import create_app, invalid_request
+from services.common.app import create_app, route_with_errors
 from services.common.connections import while_connected
 from services.contracts.chat import Json
-from services.contracts.errors import FedwardError
 
 
 def build_app(settings: GatewaySettings) -> FastAPI:
@@ -52,7 +50,7 @@ def _openai_routes(
 
     async def serve(body: Json, request: Request, wire: Wire, route: Route) -> Response:
         visit = await admission.visit(request.headers, request.state.request_id, route)
-        if body.get("stream") is True:
+        if wants_stream(body):
             return EventStream(pipeline.stream(body, wire, visit), wire, visit.headers)
         answer = await while_connected(request.receive, pipeline.answer(body, wire, visit))
         return JSONResponse(answer, headers=visit.headers | decision_header(answer))
@@ -90,7 +88,7 @@ def _openai_routes(
 
 
 def _tgi_routes(pipeline: Pipeline, admission: Admission, upstreams: Upstreams) -> APIRouter:
-    router = APIRouter(tags=["tgi"], route_class=_TgiRoute)
+    router = APIRouter(tags=["tgi"], route_class=route_with_errors(lambda error: error_response(error, tgi)))
 
     async def whole(body: Json, request: Request, wrap: Callable[[Json], Any]) -> Response:
         visit = await admission.visit(request.headers, request.state.request_id, Route.GENERATE)
@@ -125,23 +123,6 @@ def _tgi_routes(pipeline: Pipeline, admission: Admission, upstreams: Upstreams) 
         return _json(await upstreams.forward(INFERENCE, "GET", "/info"))
 
     return router
-
-
-class _TgiRoute(APIRoute):
-    """A route whose errors have TGI's body instead of OpenAI's."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def handle_with_tgi_errors(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except RequestValidationError as invalid:
-                return error_response(invalid_request(request, invalid), tgi)
-            except FedwardError as error:
-                return error_response(error, tgi)
-
-        return handle_with_tgi_errors
 
 
 def _json(content: bytes) -> Response:

@@ -168,8 +168,7 @@ class _Request:
             self._ledger.release(_told(part), (unit.index, "tokens"))
         parts = (replace(part, text=self._ledger.release(part.text, (unit.index, part.channel))) for part in unit.parts)
         leaving = replace(unit, parts=tuple(parts))
-        for part in leaving.parts:
-            self._visit.leave(part.text)
+        self._visit.released += [part.text for part in leaving.parts]
         return leaving
 
 

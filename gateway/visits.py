@@ -23,6 +23,10 @@ class Visit:
         route: which policy of the tenant applies.
         policy: what is in force.
         headers: of the answer, beside the protocol's own.
+        model: what was asked for, where that is allowed.
+        prompt: what the client asks, without the assistant's turns.
+        released: the texts that have left.
+        tokens: what the request took, where the inference service says so.
     """
 
     request_id: str
@@ -33,7 +37,6 @@ class Visit:
     model: str | None = None
     prompt: str = ""
     released: list[str] = field(default_factory=list)
-    released_characters: int = 0
     tokens: int | None = None
     _head: Head | None = None
     _decisions: list[DecisionEntry] = field(default_factory=list)
@@ -66,11 +69,6 @@ class Visit:
         if verdicts:
             self._classifier = verdicts[0].model_id
 
-    def leave(self, text: str) -> None:
-        """Note text that leaves."""
-        self.released_characters += len(text)
-        self.released.append(text)
-
     def answered(self, head: Head | None, usage: Usage | None) -> None:
         """Note who wrote the answer, and what it took."""
         self._head = head
@@ -87,7 +85,7 @@ class Visit:
             action="error" if error else self._action.value,
             decisions=tuple(self._decisions),
             prompt_hmac=prompt_hmac if self.prompt else None,
-            released_characters=self.released_characters,
+            released_characters=sum(map(len, self.released)),
             model=self._head.model if self._head else self.model,
             adapter_sha256=self._head.system_fingerprint if self._head else None,
             policy_sha256=self.policy.sha256,

@@ -6,7 +6,6 @@ speed drifts, the ratio of neighbours does not. Then every gateway takes the lea
 
 import argparse
 import asyncio
-import json
 import os
 import shlex
 import signal
@@ -29,9 +28,9 @@ from gateway.bench.processes import Cores, PeerFailed, pin, rss_mb
 from gateway.bench.report import OURS, goals, guarded, provenance, streams
 from gateway.bench.services import MockServices, mock_services
 from gateway.bench.tables import tables
-from services.common.files import replace_file
+from services.common.benchmarks import write_figures
 from services.common.settings import exit_with
-from services.contracts.errors import ConfigError, FedwardError
+from services.contracts.errors import FedwardError
 
 CACHE = Path.home() / ".cache/fedward-bench"
 PROGRAM = "python -m gateway.bench"
@@ -45,10 +44,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         summary = run(options) | {"command": shlex.join([*PROGRAM.split(), *argv])}
         print(tables(summary))
-        try:
-            replace_file(options.out, (json.dumps(summary, indent=2) + "\n").encode())
-        except OSError as error:
-            raise ConfigError(f"{options.out}: cannot write the figures: {error.strerror}") from error
+        write_figures(options.out, summary)
     except FedwardError as error:
         return exit_with(error)
     return 0

@@ -1,27 +1,17 @@
 """The figures of :mod:`gateway.bench`: medians, ratios, the table, and where they come from."""
 
-import os
-import platform
 import statistics
-import subprocess
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
-
-import psutil
 
 from gateway.bench.install import LITELLM, PORTKEY, node_version
 from gateway.bench.load import ONE, PACED, SIXTEEN, STREAMS, Cell, Work
+from services.common import benchmarks
+from services.common.benchmarks import spread
 
 OURS = "fedward"
 METRICS = ("cpu_ms", "per_second", "p50_ms", "p95_ms", "first_ms")
 LIBRARIES = ("aiohttp", "fastapi", "httptools", "httpx", "starlette", "uvicorn", "uvloop")
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and range over the rounds."""
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def _of(cells: Iterable[Cell], peer: str, work: Work) -> list[Cell]:
@@ -111,31 +101,6 @@ def _passed(cases: dict[str, Any] | None) -> int | None:
 
 def provenance() -> dict[str, Any]:
     """Where the figures come from; nothing in them is random, so there are no seeds."""
-    return {
-        "schema_version": 1,
-        "git_commit": code_commit(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in LIBRARIES},
-            "litellm": LITELLM,
-            "portkey": PORTKEY,
-            "node": node_version(),
-        },
-        "hardware": {
-            "machine": platform.platform(),
-            "logical_cpus": os.cpu_count(),
-            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-            "load_average": os.getloadavg(),
-        },
-        "seeds": {},
-    }
-
-
-def code_commit() -> str | None:
-    """The commit of the code that runs; None outside a git checkout."""
-    command = ["git", "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
+    found = benchmarks.provenance(LIBRARIES, seeds={})
+    found["versions"] |= {"litellm": LITELLM, "portkey": PORTKEY, "node": node_version()}
+    return found

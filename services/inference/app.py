@@ -2,18 +2,16 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from fastapi.routing import APIRoute
 from starlette.background import BackgroundTask
 
-from services.common.app import create_app, invalid_request
+from services.common.app import create_app, route_with_errors
 from services.common.connections import while_connected
 from services.contracts.adapters import (
     ActivateRequest,
@@ -89,7 +87,7 @@ def _openai_routes(service: InferenceService) -> APIRouter:
 
 
 def _tgi_routes(service: InferenceService) -> APIRouter:
-    router = APIRouter(tags=["tgi"], route_class=_TgiRoute)
+    router = APIRouter(tags=["tgi"], route_class=route_with_errors(_tgi_error))
 
     async def whole(body: GenerateRequest, request: Request, wrap: Callable[[Json], Any]) -> Response:
         started = time.perf_counter()
@@ -164,23 +162,9 @@ def _adapter_routes(service: InferenceService) -> APIRouter:
     return router
 
 
-class _TgiRoute(APIRoute):
-    """A route whose errors have TGI's body instead of Fedward's."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def handle_with_tgi_errors(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except RequestValidationError as invalid:
-                error: FedwardError = invalid_request(request, invalid)
-            except FedwardError as refused:
-                error = refused
-            status, body = tgi.error_body(error)
-            return JSONResponse(body, status_code=status, headers={"retry-after": "1"} if status == 429 else None)
-
-        return handle_with_tgi_errors
+def _tgi_error(error: FedwardError) -> Response:
+    status, body = tgi.error_body(error)
+    return JSONResponse(body, status_code=status, headers={"retry-after": "1"} if status == 429 else None)
 
 
 def _stream(pieces: Pieces, events: AsyncIterator[str]) -> StreamingResponse:

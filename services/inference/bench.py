@@ -6,28 +6,26 @@ machine's speed drifts, the ratio of neighbours does not. The peer is what peopl
 
 import argparse
 import asyncio
-import json
+import shlex
 import signal
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from services.common.files import replace_file
+from services.common.benchmarks import provenance, running_service, write_figures
 from services.contracts.chat import ChatCompletion, ChatMessage
-from services.contracts.errors import ConfigError
-from services.inference.bench_report import LEVELS, Measurement, provenance, ratios, table
+from services.inference.bench_report import LEVELS, Measurement, ratios, table
 from services.inference.model import BaseModel, load_base
 from services.inference.settings import InferenceSettings
 
 READY_SECONDS = 300.0
+LIBRARIES = ("torch", "transformers", "tokenizers", "fastapi", "httpx", "uvicorn")
 TASKS = (
     "bake bread", "keep tomato plants healthy", "learn to swim", "plan a walk in the hills", "paint a wooden fence",
     "choose a bicycle", "write a letter to a friend", "clean a kettle", "find a good book", "sleep well",
@@ -64,9 +62,12 @@ def main(argv: Sequence[str]) -> int:
     prompts = [PROMPTS[n % len(PROMPTS)] for n in range(options.prompts)]
     base = load_base(InferenceSettings(model=options.model, threads=options.threads))
     flags = ["--threads", str(options.threads), *(["--model", options.model] if options.model else [])]
-    with running_service(flags, options.out.with_suffix(".log")) as url:
-        measured, alike = measure(url, base, prompts, options.max_tokens, options.rounds)
-    summary = provenance(["python", "-m", "services.inference", "bench", *argv]) | {
+    log = options.out.with_suffix(".log")
+    with running_service("services.inference", flags, log, patience_seconds=READY_SECONDS, environment={}) as service:
+        measured, alike = measure(service.url, base, prompts, options.max_tokens, options.rounds)
+    # Nothing is drawn, so there are no seeds: both sides are greedy, on fixed prompts.
+    summary = provenance(LIBRARIES, seeds={}) | {
+        "command": shlex.join(["python", "-m", "services.inference", "bench", *argv]),
         "model": {"model_id": base.model_id, "sha256": base.sha256, "device": base.network.device.type},
         "prompts": len(prompts),
         "max_tokens": options.max_tokens,
@@ -76,38 +77,8 @@ def main(argv: Sequence[str]) -> int:
         "measurements": [asdict(one) for one in measured],
     }
     print(table(summary))
-    try:
-        replace_file(options.out, (json.dumps(summary, indent=2) + "\n").encode())
-    except OSError as error:
-        raise ConfigError(f"{options.out}: cannot write the figures: {error.strerror}") from error
+    write_figures(options.out, summary)
     return 0
-
-
-@contextmanager
-def running_service(flags: Sequence[str], log: Path) -> Iterator[str]:
-    """The service in a process of its own, as users start it; it is ended whatever happens. Gives its URL.
-
-    Raises:
-        ConfigError: it ends at start, or is not ready in time; its output is in ``log``.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "services.inference", "--port", str(port), "--log-level", "warning", *flags]
-    began, url = time.perf_counter(), f"http://127.0.0.1:{port}"
-    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
-        try:
-            while not _is_ready(url):
-                if process.poll() is not None or time.perf_counter() - began > READY_SECONDS:
-                    raise ConfigError(f"the inference service does not get ready; its output is in {log}")
-                time.sleep(0.05)
-            yield url
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
 
 
 def measure(
@@ -183,10 +154,3 @@ def generate_all(base: BaseModel, prompts: Sequence[str], max_tokens: int) -> Wr
         tokens += len(answer)
         texts.append(base.decode(answer))
     return Written(texts, tokens, time.perf_counter() - began)
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health/ready").is_success
-    except httpx.TransportError:
-        return False

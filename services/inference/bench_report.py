@@ -1,15 +1,11 @@
-"""The figures of :mod:`services.inference.bench`: what is measured, ratios, the table, where they come from."""
+"""The figures of :mod:`services.inference.bench`: what is measured, ratios, the table."""
 
-import os
-import platform
-import shlex
 import statistics
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
+
+from services.common.benchmarks import spread
 
 LEVELS = (1, 4, 8, 16)  # requests at a time
 GOAL_LEVEL, GOAL = 8, 3.0
@@ -33,8 +29,7 @@ def ratios(measured: Sequence[Measurement]) -> list[dict[str, Any]]:
     found = []
     for level in LEVELS:
         values = [speed[number, level] / speed[number, 0] for number in rounds]
-        spread = {"median": statistics.median(values), "low": min(values), "high": max(values)}
-        found.append({"concurrency": level, "tokens_per_second": spread})
+        found.append({"concurrency": level, "tokens_per_second": spread(values)})
     return found
 
 
@@ -53,32 +48,3 @@ def table(summary: dict[str, Any]) -> str:
     goal = f"goal at {GOAL_LEVEL}: at least {GOAL:g}x, {'reached' if reached >= GOAL else 'missed'}"
     lines += ["", f"{goal}; {summary['same_answers']:.1%} of the answers are the same to the letter"]
     return "\n".join(lines)
-
-
-def provenance(command: Sequence[str]) -> dict[str, Any]:
-    """Where the figures come from."""
-    libraries = ("torch", "transformers", "tokenizers", "fastapi", "httpx", "uvicorn")
-    return {
-        "schema_version": 1,
-        "command": shlex.join(command),
-        "git_commit": _code_commit(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in libraries},
-        "hardware": {
-            "machine": platform.platform(),
-            "logical_cpus": os.cpu_count(),
-            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-            "load_average": os.getloadavg(),
-        },
-        "seeds": {},  # nothing is drawn: both sides are greedy, on fixed prompts
-    }
-
-
-def _code_commit() -> str | None:
-    """The commit of the code that runs; None outside a git checkout."""
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
-    except OSError:
-        return None
-    return done.stdout.strip() or None

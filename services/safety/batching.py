@@ -1,8 +1,8 @@
-"""Dynamic micro-batching with length buckets, in front of a scorer that is fastest with batches of like length.
+"""Dynamic micro-batching with length buckets, in front of a scorer.
 
 Nothing waits for company: whatever is pending when a thread becomes free forms the next batch. The oldest pending
-window always goes into it, and the rest of the batch are windows of about its length, so that little is padding and
-nothing starves. All state belongs to the event loop; only ``run`` itself is called in threads.
+window always goes into it, so that nothing starves, and the rest of the batch are windows of about its length. All
+state belongs to the event loop; only ``run`` itself is called in threads.
 """
 
 import asyncio

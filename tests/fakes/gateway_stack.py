@@ -1,11 +1,11 @@
 """The gateway between two fake services, on real sockets, and what its tests have in common."""
 
 import json
-import tempfile
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -52,15 +52,15 @@ class Stack:
         vars(self.safety).update(fault=fault, fault_direction=direction, fault_from=after, fault_text=text)
 
 
-def gateway(inference_url: str, safety_url: str, limits: dict[str, Any] = PATIENT) -> AbstractContextManager[str]:
+@contextmanager
+def gateway(inference_url: str, safety_url: str, limits: dict[str, Any] = PATIENT) -> Iterator[str]:
     """A gateway in a thread; gives its URL."""
     values = limits | {"inference_url": inference_url, "safety_url": safety_url, "held_limit_characters": 3000}
-    values |= {
-        "audit_url": f"sqlite:///{tempfile.mkdtemp()}/audit.db",
-        "served_model_name": "fake",
-        "allowed_models": ("other", MARKER),
-    }
-    return serving(build_app(GatewaySettings(**values)))
+    values |= {"served_model_name": "fake", "allowed_models": ("other", MARKER)}
+    with TemporaryDirectory() as folder:
+        values["audit_url"] = f"sqlite:///{folder}/audit.db"
+        with serving(build_app(GatewaySettings(**values))) as url:
+            yield url
 
 
 def events(response: httpx.Response) -> list[Any]:

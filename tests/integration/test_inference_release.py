@@ -145,7 +145,8 @@ def test_hundred_swaps_under_load_never_mix_adapters(url: str, http: httpx.Clien
     for seen in (released.seen, named.seen):
         assert len({sha256 for _, _, sha256 in seen}) == 2
         assert {way for way, _, _ in seen} == set(range(len(WAYS)))
-        assert all(text == wanted[way, sha256] for way, text, sha256 in seen)
+        strays = [(way, text, sha256) for way, text, sha256 in seen if text != wanted[way, sha256]]
+        assert not strays, (strays, wanted)
 
 
 def test_canary_answers_its_share_and_the_same_requests_each_time(http: httpx.Client, shas: Shas) -> None:

@@ -6,18 +6,16 @@ neighbours does not. The pipeline is what people write: the same base encoder wi
 
 import argparse
 import asyncio
-import json
-import os
 import random
+import shlex
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 import numpy as np
@@ -25,24 +23,15 @@ import psutil
 from rich.console import Console
 from rich.progress import track
 
-from services.common.files import replace_file
-from services.common.ports import free_port
-from services.contracts.errors import ConfigError
+from services.common.benchmarks import Running, provenance, running_service, write_figures
 from services.contracts.verdicts import ClassifierInfo
 from services.safety.embedded.encoder import load_tokenizer
 from services.safety.embedded.encoder_build import find_base
-from services.safety.training.bench_report import PIPELINE, SEED, SERVICE, Measurement, Meter, provenance, ratios, table
+from services.safety.training.bench_report import PIPELINE, SEED, SERVICE, Measurement, Meter, ratios, table
 from services.safety.training.wording import own_prompts
 
 READY_SECONDS = 120.0
-
-
-class Service(NamedTuple):
-    """A running safety service."""
-
-    url: str
-    process: psutil.Process
-    ready_seconds: float
+LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "torch", "transformers", "httpx", "uvicorn")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -61,26 +50,34 @@ def main(argv: Sequence[str]) -> int:
     base = find_base(arguments.base)
     texts = {tokens: make_texts(base, tokens, arguments.texts) for tokens in arguments.tokens}
     pipeline = load_pipeline(base)
-    with running_service(arguments.flags, arguments.out.with_suffix(".log")) as service:
+    log = arguments.out.with_suffix(".log")
+    with running_service(
+        "services.safety",
+        arguments.flags,
+        log,
+        patience_seconds=READY_SECONDS,
+        environment={"OMP_NUM_THREADS": "1"},
+    ) as service:
         model = ClassifierInfo.model_validate(httpx.get(f"{service.url}/v1/model").raise_for_status().json())
         print(
             f"{model.model_id}, tier {model.tier}; {arguments.texts} texts of each length, {arguments.rounds} rounds",
             flush=True,
         )
         measured = measure(service, pipeline, texts, arguments.rounds)
-        summary = provenance(["python", "-m", "services.safety", "bench", *argv]) | {
+        summary = provenance(LIBRARIES, seeds={"texts": SEED, "head": SEED}) | {
+            "command": shlex.join(["python", "-m", "services.safety", "bench", *argv]),
             "model": model.model_dump(include={"model_id", "tier", "sha256"}),
             "texts": arguments.texts,
-            "service": {"ready_seconds": service.ready_seconds, "rss_mb": service.process.memory_info().rss / 1e6},
+            "service": {
+                "ready_seconds": service.ready_seconds,
+                "rss_mb": psutil.Process(service.pid).memory_info().rss / 1e6,
+            },
             "pipeline": {"rss_mb": psutil.Process().memory_info().rss / 1e6},
             "ratios": ratios(measured),
             "measurements": [asdict(one) for one in measured],
         }
     print(table(summary))
-    try:
-        replace_file(arguments.out, (json.dumps(summary, indent=2) + "\n").encode())
-    except OSError as error:
-        raise ConfigError(f"{arguments.out}: cannot write the figures: {error.strerror}") from error
+    write_figures(arguments.out, summary)
     return 0
 
 
@@ -110,34 +107,7 @@ def load_pipeline(base: Path) -> Any:
     return transformers.pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")
 
 
-@contextmanager
-def running_service(flags: Sequence[str], log: Path) -> Iterator[Service]:
-    """The service in a process of its own, as users start it; it is ended whatever happens.
-
-    Raises:
-        ConfigError: it ends at start, or is not ready in time; its output is in ``log``.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    port = free_port()
-    command = [sys.executable, "-m", "services.safety", "--port", str(port), "--log-level", "warning", *flags]
-    environment, began = {**os.environ, "OMP_NUM_THREADS": "1"}, time.perf_counter()
-    with log.open("wb") as output, subprocess.Popen(command, env=environment, stdout=output, stderr=output) as process:
-        try:
-            url = f"http://127.0.0.1:{port}"
-            while not _is_ready(url):
-                if process.poll() is not None or time.perf_counter() - began > READY_SECONDS:
-                    raise ConfigError(f"the safety service does not get ready; its output is in {log}")
-                time.sleep(0.02)
-            yield Service(url, psutil.Process(process.pid), time.perf_counter() - began)
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def measure(service: Service, pipeline: Any, texts: dict[int, list[str]], rounds: int) -> list[Measurement]:
+def measure(service: Running, pipeline: Any, texts: dict[int, list[str]], rounds: int) -> list[Measurement]:
     """Every way on every length in every round; which side goes first changes with the round."""
     cells = [
         (number, tokens, way)
@@ -159,9 +129,9 @@ def measure(service: Service, pipeline: Any, texts: dict[int, list[str]], rounds
     return found
 
 
-async def _ask_service(service: Service, calls: Sequence[list[str]], concurrency: int) -> Meter:
+async def _ask_service(service: Running, calls: Sequence[list[str]], concurrency: int) -> Meter:
     """Every call once; each worker has a client of its own, since one pool for 16 costs more than the requests."""
-    meter, rest = Meter(service.process), iter(calls)
+    meter, rest = Meter(psutil.Process(service.pid)), iter(calls)
 
     async def work(client: httpx.AsyncClient, calls: Iterable[list[str]]) -> None:
         for texts in calls:
@@ -190,8 +160,5 @@ def _ask_pipeline(pipeline: Any, calls: Sequence[list[str]], batch: int) -> Mete
     return meter
 
 
-def _is_ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health/ready").is_success
-    except httpx.TransportError:
-        return False
+def _rss_mb(pid: int) -> float:
+    return float(psutil.Process(pid).memory_info().rss / 1e6)

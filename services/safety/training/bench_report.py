@@ -1,18 +1,15 @@
-"""The figures of :mod:`services.safety.training.bench`: what is measured, ratios, the table, where they come from."""
+"""The figures of :mod:`services.safety.training.bench`: what is measured, ratios, the table."""
 
 import os
-import platform
-import shlex
 import statistics
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+
+from services.common.benchmarks import spread
 
 TICK = 1.0 / os.sysconf("SC_CLK_TCK")  # what the kernel counts CPU time in; less than one cannot be told from none
 SEED = 0  # of the texts and of the pipeline's head
@@ -79,7 +76,7 @@ def ratios(measured: Sequence[Measurement]) -> list[dict[str, Any]]:
         for ours, theirs in PAIRS:
             pairs = [(by_cell[n, tokens, ours.name], by_cell[n, tokens, theirs.name]) for n in rounds]
             names = METRICS if ours.batch == theirs.batch else METRICS[:2]
-            spreads = {name: _spread([getattr(a, name) / getattr(b, name) for a, b in pairs]) for name in names}
+            spreads = {name: spread([getattr(a, name) / getattr(b, name) for a, b in pairs]) for name in names}
             found.append({"tokens": tokens, "service": ours.name, "pipeline": theirs.name} | spreads)
     return found
 
@@ -107,37 +104,5 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def provenance(command: Sequence[str]) -> dict[str, Any]:
-    """Where the figures come from."""
-    libraries = ("numpy", "onnxruntime", "tokenizers", "torch", "transformers", "httpx", "uvicorn")
-    return {
-        "schema_version": 1,
-        "command": shlex.join(command),
-        "git_commit": code_commit(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in libraries},
-        "hardware": {
-            "machine": platform.platform(),
-            "logical_cpus": os.cpu_count(),
-            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-            "load_average": os.getloadavg(),
-        },
-        "seeds": {"texts": SEED, "head": SEED},
-    }
-
-
-def code_commit() -> str | None:
-    """The commit of the code that runs; None outside a git checkout."""
-    command = ["git", "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
-
-
 def _shown(spread: dict[str, float] | None) -> str:
     return f"{spread['median']:.2f}x ({spread['low']:.2f} to {spread['high']:.2f})" if spread else "-"
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}

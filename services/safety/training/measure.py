@@ -6,7 +6,6 @@ to compare with figures of that kind, and say so.
 """
 
 import argparse
-import json
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from rich.progress import Progress
 
-from services.common.files import replace_file
+from services.common.benchmarks import code_commit, write_figures
 from services.contracts.errors import ConfigError
 from services.contracts.verdicts import Accuracy, ClassifyItem, Outcome, Verdict
 from services.safety.calibration import PointName
@@ -26,7 +25,6 @@ from services.safety.embedded.load import Tier, load_classifier
 from services.safety.embedded.weights import SHIPPED
 from services.safety.items import read_item
 from services.safety.training import held_out
-from services.safety.training.bench_report import code_commit
 from services.safety.training.calibrate_report import COLUMNS, cells, markdown_table
 from services.safety.training.figures import accuracy
 from services.safety.training.held_out import Pair
@@ -213,7 +211,4 @@ def _write(path: Path, classifier: EmbeddedClassifier, lines: Sequence[Measureme
             for line in lines
         ],
     }
-    try:
-        replace_file(path, (json.dumps(summary, indent=2) + "\n").encode())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot write the figures: {error.strerror}") from error
+    write_figures(path, summary)
