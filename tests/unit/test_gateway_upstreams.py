@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from gateway.asked import Asked
 from gateway.policy import Direction
 from gateway.protocols import chat
 from gateway.settings import GatewaySettings
@@ -21,7 +22,7 @@ def classify(upstreams: Upstreams) -> Any:
 
 
 def complete(upstreams: Upstreams) -> Any:
-    return upstreams.complete(chat.PATH, b'{"model": "fake", "stream": false}', chat.read_whole)
+    return upstreams.complete(chat, Asked("fake", (), (), b'{"model": "fake", "stream": false}', stream=False))
 
 
 @pytest.mark.parametrize("call", [classify, complete])
