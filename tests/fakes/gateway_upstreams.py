@@ -303,7 +303,7 @@ class FakeInference(Fake):
         try:
             if (model := body.get("model") or body.get("parameters", {}).get("adapter_id", "fake")) != "fake":
                 await reply.json(shape.error(f"no model {model}", "model_not_found"), 404)
-            elif self.fault and self.fault_at == 0:
+            elif self.fault and self.fault_at == 0 and self.fault != "two choices":  # that one is an answer
                 await self.fail(reply, self.text)
             elif path == "/generate_stream" or body.get("stream"):
                 await self._stream(shape, reply)
@@ -329,8 +329,7 @@ class FakeInference(Fake):
                 return await self._break(shape, reply, step)
             await self._send(reply, [shape.piece(step)])
         await asyncio.sleep(self.pause(len(self.steps())))
-        if self.fault != "no finish":
-            await self._send(reply, shape.end())
+        await self._send(reply, shape.end())
         return await reply.body(b"" if isinstance(shape, TgiShape) else b"data: [DONE]\n\n", more=False)
 
     async def _break(self, shape: "Shape", reply: Reply, step: Step) -> None:
@@ -342,6 +341,10 @@ class FakeInference(Fake):
                 await asyncio.sleep(60)
             case "garbage":
                 await reply.body(f"data: <html>{step.text}\n\n".encode(), more=False)
+            case "schema":
+                await reply.body(sse({"choices": step.text, "token": step.text}), more=False)
+            case "no finish":
+                await reply.body(b"data: [DONE]\n\n", more=False)
             case "end":
                 await reply.body(f"data: {step.text}".encode(), more=False)
             case "error event":
