@@ -79,7 +79,11 @@ class Upstreams:
         """Why a service cannot be asked at present: it says so itself, or it is left alone after failures."""
         service = self._services[name]
         try:
-            await self._fetch(service, "GET", "/health/ready", None, seconds)
+            async with (
+                _within(seconds, name),
+                service.open("GET", "/health/ready", None, patience_seconds=seconds, headers={}) as response,
+            ):
+                await _require_success(service, response)
         except FedwardError as error:
             return error.message
         return f"{name}: {service.breaker.problem}" if service.breaker.problem else None

@@ -1,7 +1,9 @@
 """OpenTelemetry traces, on only when an OTLP endpoint is configured (extra ``tracing``)."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext
+from typing import Any
 
 from fastapi import FastAPI
 from opentelemetry import propagate, trace
@@ -13,7 +15,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
-from services.common.spans import Span, Value, trace_by
+from services.common.spans import Span, Start, Value, trace_by
 
 NOT_TRACED = "/health/,/metrics"  # asked every few seconds, by machines
 
@@ -30,8 +32,20 @@ def instrument(app: FastAPI, service: str, endpoint: str) -> None:
         app, tracer_provider=provider, excluded_urls=NOT_TRACED, exclude_spans=["receive", "send"]
     )
     HTTPXClientInstrumentor().instrument(tracer_provider=provider)
-    tracer = provider.get_tracer("fedward")
+    trace_by(_starter(provider.get_tracer("fedward")))
+    serving = app.router.lifespan_context
 
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
+        async with serving(app) as state:
+            yield state
+        # Here and not at the process's exit: the signal that ends it leaves no time for that.
+        await asyncio.to_thread(provider.shutdown)
+
+    app.router.lifespan_context = lifespan
+
+
+def _starter(tracer: trace.Tracer) -> Start:
     @contextmanager
     def start(name: str, attributes: Mapping[str, Value], outgoing: bool) -> Iterator[Span]:
         kind = SpanKind.CLIENT if outgoing else SpanKind.INTERNAL
@@ -50,7 +64,7 @@ def instrument(app: FastAPI, service: str, endpoint: str) -> None:
         finally:
             made.end()
 
-    trace_by(start)
+    return start
 
 
 class _Traced:
