@@ -63,7 +63,7 @@ class _AiohttpTransport(httpx.AsyncBaseTransport):
                 request.method,
                 str(request.url),
                 headers=request.headers.multi_items(),
-                data=request.content or None,
+                data=request.read() or None,
                 allow_redirects=False,
                 timeout=timeout,
             )
