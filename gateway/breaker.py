@@ -33,7 +33,7 @@ class Breaker:
     ) -> None:
         self._upstream, self._limit, self._seconds, self._clock = upstream, failures, seconds, clock
         self._failures = 0  # in a row
-        self._next_trial = 0.0
+        self._next_trial = 0.0  # while open
         OPEN.labels(upstream).set(0)
 
     @contextmanager
@@ -41,7 +41,8 @@ class Breaker:
         """Make a call inside the block; raises UpstreamUnavailable in its place while the service is left alone."""
         if self.problem:
             raise UpstreamUnavailable(self._upstream, self.problem)
-        self._next_trial = self._clock() + self._seconds
+        if self._open:  # this is a trial
+            self._next_trial = self._clock() + self._seconds
         try:
             yield
         except UpstreamUnavailable:

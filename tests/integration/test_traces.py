@@ -99,7 +99,8 @@ def test_spans_of_all_processes_hang_together(collected: Collected, request_name
     checks = {span.id: span for span in spans if span.name == "check"}
     assert [check.kind for check in checks.values()] == [INTERNAL] * len(checks)
     calls = {span.id: span for span in spans if span.name == "POST /v1/classify" and span.kind == CLIENT}
-    assert {call.parent_id for call in calls.values()} == checks.keys()
+    assert {call.parent_id for call in calls.values()} <= checks.keys()  # one call may serve several checks
+    assert 2 <= len(calls) <= len(checks)
     answers = [span for span in spans if span.service == "fedward-safety"]
     assert {answer.parent_id for answer in answers} == calls.keys()
     assert all((span.name, span.kind) == ("POST /v1/classify", SERVER) for span in answers)
