@@ -13,7 +13,7 @@ DECISIONS = Counter(
 )
 CHECK_SECONDS = Histogram(
     "fedward_gateway_check_seconds",
-    "Time one check took, from the call to its decision or failure",
+    "Time one call of the classifier took, to its verdicts or failure",
     ["direction"],
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.5),
 )

@@ -52,7 +52,7 @@ class Pipeline:
         """A whole answer, or the refusal in its place; raises a FedwardError when it cannot be made or checked."""
         async with self._at_work(raw, wire, visit) as request:
             asked = request.asked
-            async with _beside(self._upstreams.complete(wire.PATH, asked.content, wire.read_whole)) as generation:
+            async with _beside(self._upstreams.complete(wire, asked)) as generation:
                 decision = await request.decide_prompt()
                 if not decision.allowed:  # leaving cancels the generation
                     refusals = [instead(index, decision) for index in range(asked.choices)]
@@ -72,7 +72,7 @@ class Pipeline:
         sent: defaultdict[int, Sent] = defaultdict(Sent)
         async with self._at_work(raw, wire, visit) as request:
             asked, cut = request.asked, visit.policy.stream
-            events = self._upstreams.stream(wire.STREAM_PATH, asked.content, wire.read_event)
+            events = self._upstreams.stream(wire, asked)
             async with CheckedAnswer(events, request.decide, cut, self._settings, asked.choices) as answer:
                 prompt = await request.decide_prompt()
                 if prompt.allowed:

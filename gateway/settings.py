@@ -46,6 +46,10 @@ class GatewaySettings(Settings, AuthSettings, LimitsSettings, AuditSettings):
     connect_seconds: float = Field(default=2.0, gt=0, description="longest wait for a connection to a service")
     generation_seconds: float = Field(default=120.0, gt=0, description="longest wait for a whole answer")
     silence_seconds: float = Field(default=30.0, gt=0, description="longest pause inside a streamed answer")
+    breaker_failures: int = Field(
+        default=5, ge=0, description="leave a service alone after so many failures in a row; 0: never"
+    )
+    breaker_seconds: float = Field(default=5.0, gt=0, description="for so long, then between trial calls")
 
     prompt_threshold: float | None = Field(
         default=None, ge=0, le=1, description="refuse prompts with at least this score; unset: the classifier decides"

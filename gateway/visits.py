@@ -86,7 +86,7 @@ class Visit:
             decisions=tuple(self._decisions),
             prompt_hmac=prompt_hmac if self.prompt else None,
             released_characters=sum(map(len, self.released)),
-            model=self._head.model if self._head else self.model,
+            model=(self._head and self._head.model) or self.model,
             adapter_sha256=self._head.system_fingerprint if self._head else None,
             policy_sha256=self.policy.sha256,
             classifier_id=self._classifier,

@@ -87,6 +87,7 @@ def serve(app: FastAPI, settings: Settings, service: str) -> None:
     config = uvicorn.Config(
         app,
         http=BoundedHead,
+        ws="none",
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=settings.shutdown_seconds,

@@ -7,6 +7,7 @@ cancellation.
 import json
 import time
 import uuid
+from contextvars import ContextVar
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,6 +16,8 @@ from services.common.connections import CLIENT_LEFT
 from services.common.metrics import REQUESTS, SECONDS
 from services.contracts.errors import BodyTooLarge
 
+# The id of the request at work, for calls of other services on its behalf.
+REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 # Most bytes of an oversized body that are read and thrown away before the connection is closed.
 _THROWN_AWAY = 64_000_000
 
@@ -89,6 +92,7 @@ class Observe:
             return
         request_id = _request_id(scope)
         structlog.contextvars.bind_contextvars(request_id=request_id)
+        REQUEST_ID.set(request_id)
         scope.setdefault("state", {})["request_id"] = request_id
         started, status = time.perf_counter(), CLIENT_LEFT  # until an answer begins, or a bug ends the request
 

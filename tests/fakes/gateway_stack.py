@@ -22,6 +22,7 @@ PATIENT: dict[str, Any] = {
     "silence_seconds": 1.5,
     "generation_seconds": 4.0,
     "unit_idle_ms": 400,
+    "breaker_failures": 0,  # they are asked by tests of many failures
 }
 HASTY_CHECKS = PATIENT | {"check_deadline_ms": 200}
 HASTY_MODEL = PATIENT | {"silence_seconds": 0.2, "generation_seconds": 0.5}

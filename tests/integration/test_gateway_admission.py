@@ -142,6 +142,32 @@ def test_request_is_recorded_with_its_decisions_and_without_its_text(door: Door)
     assert b"rivers" not in door.audit.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {}),
+        ("/v1/chat/completions", {"stream": True}),
+        ("/generate", {"inputs": "Hello"}),
+        ("/generate_stream", {"inputs": "Hello"}),
+    ],
+)
+def test_adapter_that_answered_is_recorded_in_every_protocol(door: Door, path: str, body: dict[str, Any]) -> None:
+    door.inference.adapter = "ab" * 32
+    assert door.post("plain", path, **body).status_code == 200
+    record = door.records("plain")[0]
+    assert record["model"] == "fake"
+    assert record["adapter_sha256"] == ("adapter-1" if "chat" in path else "ab" * 32)  # what the body says comes first
+
+
+def test_services_are_asked_under_the_id_of_the_request(door: Door) -> None:
+    header = door.header("plain") | {"x-request-id": "visitor 7"}
+    answer = httpx.post(f"{door.url}/v1/chat/completions", json=chat_body(), headers=header)
+    assert answer.headers["x-request-id"] == "visitor 7"
+    assert door.inference.headers["x-request-id"] == door.safety.headers["x-request-id"] == "visitor 7"
+    assert "authorization" not in door.inference.headers
+    assert "authorization" not in door.safety.headers
+
+
 def test_blocked_answer_is_recorded_as_refused(door: Door) -> None:
     door.inference.pieces = ["Now ", MARKER, "."]
     assert door.post("plain", stream=True).status_code == 200

@@ -48,6 +48,8 @@ def test_no_setting_is_added_without_this_test_being_told() -> None:
     shared = {*Settings.model_fields, *AuthSettings.model_fields, *LimitsSettings.model_fields}
     assert sorted(set(GatewaySettings.model_fields) - shared - set(AuditSettings.model_fields)) == [
         "allowed_models",
+        "breaker_failures",
+        "breaker_seconds",
         "check_deadline_ms",
         "checks_in_flight",
         "connect_seconds",
