@@ -93,6 +93,11 @@ bench-inference: setup ## speed of the inference service against one-at-a-time g
 bench-gateway: setup ## the gateway beside LiteLLM, Portkey and plain FastAPI; writes runs/bench/gateway.json
 	$(BIN)/python -m gateway.bench
 
+.PHONY: soak
+soak: setup ## ten minutes of streams, then 1,000 at once: do memory and files grow? writes runs/bench/soak.json, streams.json
+	$(BIN)/python -m gateway.bench.soak
+	$(BIN)/python -m gateway.bench.soak --streams 1000 --words 30 --word-ms 2000 --minutes 4 --out runs/bench/streams.json
+
 .PHONY: measure
 measure: setup ## print the measured quality of the shipped classifier and miniature
 	$(BIN)/python -m services.safety measure --tier encoder

@@ -4,6 +4,7 @@ Health at ``/health/live`` and ``/health/ready``, Prometheus at ``/metrics``, on
 request body, a request id on every answer, traces when a collector is configured.
 """
 
+import asyncio
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
@@ -18,8 +19,9 @@ from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
-from services.common.connections import CLIENT_LEFT, ClientLeft
+from services.common.connections import CLIENT_LEFT, ClientLeft, allow_many_connections
 from services.common.logs import configure_logs, get_logger
+from services.common.metrics import TASKS
 from services.common.middleware import BodyLimit, Observe
 from services.common.request_head import BoundedHead
 from services.common.settings import Settings
@@ -65,6 +67,7 @@ def create_app(
 
     @app.get("/metrics", tags=["health"], include_in_schema=False)
     async def metrics() -> Response:
+        TASKS.set(len(asyncio.all_tasks()))
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
     return app
@@ -77,6 +80,7 @@ def serve(app: FastAPI, settings: Settings, service: str) -> None:
         ConfigError: the port is taken or the address cannot be bound.
     """
     configure_logs(settings.log_level, service)
+    allow_many_connections()
     if settings.otlp_endpoint:
         from services.common.traces import instrument
 
