@@ -66,6 +66,10 @@ test: setup ## every test that runs in minutes
 test-long: setup ## the tests that take long: a whole small demo, kill tests
 	$(BIN)/python -m pytest -m long
 
+.PHONY: fuzz
+fuzz: setup ## many generated requests to every service, by its OpenAPI document, with a new seed (`make test` runs a few)
+	FUZZ_EXAMPLES=1000 $(BIN)/python -m pytest --timeout 7200 tests/integration/test_openapi_fuzz.py
+
 .PHONY: check
 check: setup ## ruff, mypy --strict, and the tests of the project's own rules (import layers, sizes, README paths)
 	$(BIN)/ruff check .

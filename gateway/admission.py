@@ -104,7 +104,17 @@ class Admission:
         visit.model = asked.model
         visit.prompt = "\n".join(turn.text for turn in asked.turns if turn.kind is Kind.ASKED)
         characters = sum(len(turn.text) for turn in asked.turns)
-        likely = estimate_tokens(characters, (asked.answer_tokens or LIKELY_ANSWER) * asked.choices)
+        async with self.counted(visit, characters, (asked.answer_tokens or LIKELY_ANSWER) * asked.choices):
+            yield
+
+    @asynccontextmanager
+    async def counted(self, visit: Visit, characters: int, answer_tokens: int = 0) -> AsyncIterator[None]:
+        """Count a request, with the tokens that so many characters and its answer are likely to take.
+
+        Raises:
+            QuotaExceeded, UpstreamUnavailable: as ``admitted``.
+        """
+        likely = estimate_tokens(characters, answer_tokens)
         async with self._limiter.admit(visit.identity.tenant, likely) as grant:
             visit.headers.update(grant.headers)
             yield
