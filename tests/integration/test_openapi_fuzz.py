@@ -63,8 +63,10 @@ def inference(model: Path) -> Iterator[str]:
 @contextmanager
 def gateway_with_fakes(model: Path) -> Iterator[str]:
     with ExitStack() as exits:
-        urls = [exits.enter_context(serving_fake(fake)) for fake in (FakeInference(), FakeSafety())]
-        yield exits.enter_context(gateway(*urls))
+        inference_url, safety_url = (
+            exits.enter_context(serving_fake(fake)) for fake in (FakeInference(), FakeSafety())
+        )
+        yield exits.enter_context(gateway(inference_url, safety_url))
 
 
 SERVICES: list[Callable[[Path], AbstractContextManager[str]]] = [safety, critique, inference, gateway_with_fakes]
