@@ -37,6 +37,7 @@ from services.common.settings import exit_with
 from services.contracts.errors import FedwardError
 
 PROGRAM = "python -m gateway.bench.soak"
+RETRY_SECONDS = 1.0  # as the gateway's Retry-After says
 SETTLE_SECONDS = 6.0  # kept connections are closed after 5 s
 
 
@@ -141,6 +142,8 @@ async def soak(
         while (asked_at := time.perf_counter() - began) < seconds:
             answer = await ask(session, gateway.target, patience, stream=True)
             streams.append(_stream(asked_at, answer, options.script))
+            if streams[-1].failure:
+                await asyncio.sleep(RETRY_SECONDS)
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session, asyncio.TaskGroup() as group:
         for number in range(options.streams):
