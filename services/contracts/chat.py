@@ -107,7 +107,10 @@ class ChatChunk(BaseModel):
 
 
 class GenerateParameters(BaseModel):
-    """TGI's generation parameters, the ones that are honoured; others are ignored as TGI clients expect."""
+    """TGI's generation parameters, the ones that are honoured.
+
+    Others are kept: the gateway passes them on, and the inference service refuses by name those that ask for something.
+    """
 
     model_config = ConfigDict(extra="allow")
 
