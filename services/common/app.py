@@ -5,6 +5,7 @@ request body, a request id on every answer, traces when a collector is configure
 """
 
 import asyncio
+import gc
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
@@ -85,6 +86,7 @@ def serve(app: FastAPI, settings: Settings, service: str) -> None:
         from services.common.traces import instrument
 
         instrument(app, service, settings.otlp_endpoint)
+    _collect_less_garbage()
     listener = _bind(settings.host, settings.port)
     host, port = listener.getsockname()[:2]
     get_logger().info("listening", host=host, port=port)
@@ -100,6 +102,18 @@ def serve(app: FastAPI, settings: Settings, service: str) -> None:
     server.run(sockets=[listener])
     if not server.started:
         sys.exit(3)
+
+
+def _collect_less_garbage() -> None:
+    """Make full collections short and rare: at 1,000 open streams one holds all of them up for 0.2 s and more.
+
+    What is loaded by now stays for ever and is not searched again. Most of what a request needs is freed without a
+    collection, when nothing refers to it any more.
+    """
+    gc.collect()
+    gc.freeze()
+    young, middle, _ = gc.get_threshold()
+    gc.set_threshold(young, middle, 50)
 
 
 def _bind(host: str, port: int) -> socket.socket:
