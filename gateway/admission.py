@@ -17,11 +17,11 @@ from gateway.auth import Authenticator
 from gateway.exposure import require_safe_start
 from gateway.limits import Limiter
 from gateway.policy import DirectionPolicy, Policy, PromptPolicy, StreamPolicy
-from gateway.policy_file import PolicySet, Route
-from gateway.policy_reload import PolicyInForce
+from gateway.policy_file import PolicySet, Route, read_policies
 from gateway.quotas import estimate_tokens
 from gateway.settings import GatewaySettings
 from gateway.visits import Visit
+from gateway.watched_file import WatchedFile, watching
 from services.common.connections import ClientLeft
 from services.contracts.errors import FedwardError, UnknownModel
 
@@ -44,7 +44,7 @@ class Admission:
         )
         self._auth = Authenticator(settings)
         self._limiter = Limiter(settings)
-        self._in_force = PolicyInForce(settings.policy_file) if settings.policy_file else None
+        self._in_force = WatchedFile(settings.policy_file, read_policies) if settings.policy_file else None
         self._uniform = PolicySet.uniform(policy_of_settings(settings))
         self._audit = AuditLog(settings)
 
@@ -55,8 +55,8 @@ class Admission:
             exits.push_async_callback(self._audit.close)
             exits.push_async_callback(self._limiter.close)
             exits.push_async_callback(self._auth.close)
-            if self._in_force:
-                await exits.enter_async_context(self._in_force.watching())
+            policy = [self._in_force] if self._in_force else []
+            await exits.enter_async_context(watching([*policy, *self._auth.files, *self._limiter.files]))
             yield
 
     @property
@@ -104,7 +104,17 @@ class Admission:
         visit.model = asked.model
         visit.prompt = "\n".join(turn.text for turn in asked.turns if turn.kind is Kind.ASKED)
         characters = sum(len(turn.text) for turn in asked.turns)
-        likely = estimate_tokens(characters, (asked.answer_tokens or LIKELY_ANSWER) * asked.choices)
+        async with self.counted(visit, characters, (asked.answer_tokens or LIKELY_ANSWER) * asked.choices):
+            yield
+
+    @asynccontextmanager
+    async def counted(self, visit: Visit, characters: int, answer_tokens: int = 0) -> AsyncIterator[None]:
+        """Count a request, with the tokens that so many characters and its answer are likely to take.
+
+        Raises:
+            QuotaExceeded, UpstreamUnavailable: as ``admitted``.
+        """
+        likely = estimate_tokens(characters, answer_tokens)
         async with self._limiter.admit(visit.identity.tenant, likely) as grant:
             visit.headers.update(grant.headers)
             yield

@@ -58,7 +58,7 @@ class GatewaySettings(Settings, AuthSettings, LimitsSettings, AuditSettings):
         default=None, ge=0, le=1, description="refuse answers with at least this score; unset: the classifier decides"
     )
 
-    requests_in_flight: int = Field(default=512, ge=1, description="most chat requests at work; beyond it: 429")
+    requests_in_flight: int = Field(default=1024, ge=1, description="most chat requests at work; beyond it: 429")
     message_limit: int = Field(default=100, ge=1, description="most messages in one conversation")
     prompt_limit_characters: int = Field(default=32_000, ge=1, description="most characters in one conversation")
     window_characters: int = Field(

@@ -202,7 +202,8 @@ class FakeSafety(Fake):
 
     async def handle(self, path: str, body: Any, reply: Reply) -> None:
         if path == "/v1/moderations":
-            return await reply.json({"id": "modr-1", "model": "fake", "results": [moderation(body["input"])]})
+            found = moderation(json.dumps(body.get("input")))
+            return await reply.json({"id": "modr-1", "model": "fake", "results": [found]})
         self.requests.append(body)
         # A prompt check is told by its first item: the first message is never the assistant's in these tests.
         direction = "response" if "response" in body["items"][0] else "prompt"

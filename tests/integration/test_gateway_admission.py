@@ -34,6 +34,9 @@ tenants:
 LIMITS = """\
 [tenants.few]
 requests = "2/hour"
+[tenants.moderator]
+requests = "3/hour"
+tokens = "100/hour"
 """
 
 
@@ -65,7 +68,7 @@ class Door(NamedTuple):
 def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
     folder = tmp_path_factory.mktemp("door")
     file, secrets = folder / "keys.json", {}
-    for tenant in ("strict", "trial", "slow", "guided", "few", "plain"):
+    for tenant in ("strict", "trial", "slow", "guided", "few", "moderator", "plain"):
         secrets[tenant] = create_key(file, tenant)
     (folder / "policy.yaml").write_text(POLICY)
     (folder / "limits.toml").write_text(LIMITS)
@@ -217,6 +220,28 @@ def test_requests_over_the_limit_are_told_when_to_come_again(door: Door) -> None
     with few as client, pytest.raises(RateLimitError, match="limit of requests met"):
         client.chat.completions.create(model="fake", messages=[{"role": "user", "content": "Hello"}])
     assert [record.get("error") for record in door.records("few")[:2]] == ["rate_limit_exceeded"] * 2
+
+
+def test_moderations_count_with_their_text_and_lists_of_models_do_not(door: Door) -> None:
+    for path in ("/v1/models", "/v1/models/fake"):
+        assert httpx.get(door.url + path, headers=door.header("moderator")).status_code == 200
+    first = door.post("moderator", "/v1/moderations", input=["a" * 20, "b" * 20])
+    assert first.json()["results"][0]["flagged"] is False
+    assert first.headers["x-ratelimit-remaining-requests"] == "2"
+    assert first.headers["x-ratelimit-remaining-tokens"] == "90"
+    long = door.post("moderator", "/v1/moderations", input="a" * 400)
+    assert (long.status_code, long.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    for status in (200, 200, 429):
+        assert door.post("moderator", "/v1/moderations", input="fine").status_code == status
+    assert [record.get("error") for record in door.records("moderator")[:2]] == ["rate_limit_exceeded", None]
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/"])
+def test_body_over_the_limit_is_refused_in_tgis_words(door: Door, path: str) -> None:
+    refused = door.post("plain", path, inputs="a" * 4_000_001)
+    assert refused.status_code == 413
+    assert refused.json().keys() == {"error", "error_type"}
+    assert refused.json()["error_type"] == "validation"
 
 
 def test_stream_may_be_asked_for_by_whatever_means_true(door: Door) -> None:
