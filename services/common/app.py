@@ -108,13 +108,14 @@ def serve(app: FastAPI, settings: Settings, service: str) -> None:
 def _collect_less_garbage() -> None:
     """Make full collections short and rare: at 1,000 open streams one holds all of them up for 0.2 s and more.
 
-    What is loaded by now stays for ever and is not searched again. Most of what a request needs is freed without a
-    collection, when nothing refers to it any more.
+    What is loaded by now stays for ever and is not searched again. What a request needs is freed without a collection
+    when nothing refers to it any more; of a stream through the gateway about 33 objects wait for one, 15 MB in the five
+    minutes between two of them at 1,000 streams.
     """
     gc.collect()
     gc.freeze()
     young, middle, _ = gc.get_threshold()
-    gc.set_threshold(young, middle, 50)
+    gc.set_threshold(young, middle, 1000)
 
 
 def _bind(host: str, port: int) -> socket.socket:
