@@ -10,6 +10,8 @@ from fastapi.responses import JSONResponse, Response
 from gateway.admission import Admission
 from gateway.api_docs import name_bodies
 from gateway.asked import wants_stream
+from gateway.console.app import console_routes
+from gateway.console.views import Views
 from gateway.models import find_model, list_models
 from gateway.pipeline import Pipeline
 from gateway.policy_file import Route
@@ -41,6 +43,8 @@ def build_app(settings: GatewaySettings) -> FastAPI:
 
     app = create_app("gateway", settings, lifespan=lifespan, ready=ready)
     app.add_exception_handler(PassedOn, _on_passed_on)
+    if settings.console:
+        app.include_router(console_routes(admission, Views(admission, upstreams, ready, settings)))
     app.include_router(_openai_routes(pipeline, admission, upstreams, settings))
     app.include_router(_tgi_routes(pipeline, admission, upstreams))
     document = app.openapi

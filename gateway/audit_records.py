@@ -138,6 +138,14 @@ class AuditRow(NamedTuple):
     hash: str
 
 
+class Place(NamedTuple):
+    """Where a row stands among the rows of all chains, by time."""
+
+    at: str
+    seq: int
+    chain: str
+
+
 class Prepared(NamedTuple):
     """A record ready to be chained: serialised by its own request, so that what cannot be written fails there."""
 

@@ -74,6 +74,7 @@ class Pipeline:
             asked, cut = request.asked, visit.policy.stream
             events = self._upstreams.stream(wire, asked)
             async with CheckedAnswer(events, request.decide, cut, self._settings, asked.choices) as answer:
+                visit.held = answer.held
                 prompt = await request.decide_prompt()
                 if prompt.allowed:
                     async for unit, decision in answer:

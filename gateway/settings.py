@@ -40,6 +40,8 @@ class GatewaySettings(Settings, AuthSettings, LimitsSettings, AuditSettings):
         default=None, description="YAML with thresholds, actions and limits per tenant and route; docs/policy.md"
     )
 
+    console: bool = Field(default=True, description="serve the console at /console")
+
     check_deadline_ms: int = Field(
         default=300, ge=1, le=60_000, description="longest wait for one check; then 503, fail closed"
     )

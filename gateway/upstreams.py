@@ -119,6 +119,10 @@ class Upstreams:
         with service.breaker.watching():
             return await self._fetch(service, method, path, content, deadline_seconds or self._deadlines[name])
 
+    async def about(self, name: str, path: str, seconds: float) -> bytes:
+        """What a service says of itself; raises as ``forward`` does. No request needs it, so no breaker counts it."""
+        return await self._fetch(self._services[name], "GET", path, None, seconds)
+
     async def complete(self, wire: Wire, asked: Asked) -> Event:
         """A whole answer; raises as ``forward`` does."""
         service, seconds = self._services[INFERENCE], self._generation_seconds

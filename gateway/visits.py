@@ -1,7 +1,7 @@
 """One request from its arrival to its record: who asks, what is in force for it, and what came of it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gateway.answers import Head
@@ -25,6 +25,7 @@ class Visit:
         headers: of the answer, beside the protocol's own.
         model: what was asked for, where that is allowed.
         prompt: what the client asks, without the assistant's turns.
+        held: how many characters of each choice wait for their verdict now.
         released: the texts that have left.
         tokens: what the request took, where the inference service says so.
     """
@@ -36,6 +37,7 @@ class Visit:
     headers: dict[str, str] = field(default_factory=dict)
     model: str | None = None
     prompt: str = ""
+    held: Mapping[int, int] = field(default_factory=dict)
     released: list[str] = field(default_factory=list)
     tokens: int | None = None
     _head: Head | None = None
@@ -43,6 +45,11 @@ class Visit:
     _action: Action = Action.ALLOW
     _classifier: str | None = None
     _started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def decisions(self) -> Sequence[DecisionEntry]:
+        """What has been decided so far."""
+        return self._decisions
 
     def note(self, decision: Decision, verdicts: Sequence[Verdict], characters: int, seconds: float) -> None:
         """Keep a decision with the verdicts that led to it.

@@ -201,6 +201,8 @@ class FakeSafety(Fake):
     seen: dict[str, int] = field(default_factory=lambda: {"prompt": 0, "response": 0})
 
     async def handle(self, path: str, body: Any, reply: Reply) -> None:
+        if path == "/v1/model":
+            return await reply.json({"model_id": "fake", "tier": "ngram", "sha256": "c" * 64, "threshold": 0.5})
         if path == "/v1/moderations":
             found = moderation(json.dumps(body.get("input")))
             return await reply.json({"id": "modr-1", "model": "fake", "results": [found]})
@@ -298,6 +300,8 @@ class FakeInference(Fake):
             return await reply.json({"object": "list", "data": cards})
         if path == "/info":
             return await reply.json({"model_id": "fake", "router": "fake"})
+        if path == "/v1/release":
+            return await reply.json({"served_model": "fake", "adapter": "round-2", "sha256": "a" * 64})
         self.requests.append(body)
         self.started_at = time.monotonic()
         shape: Shape = {"/v1/chat/completions": ChatShape, "/v1/completions": TextShape}.get(path, TgiShape)(self)

@@ -53,6 +53,7 @@ def test_no_setting_is_added_without_this_test_being_told() -> None:
         "check_deadline_ms",
         "checks_in_flight",
         "connect_seconds",
+        "console",
         "context_characters",
         "generation_seconds",
         "held_limit_characters",
