@@ -6,16 +6,19 @@
     (admission)                                 |                                      +--> release, in order
                                                 +--> generation (inference) --> answer +    --> record --> client
                                                                                 checks (safety)
+                                                                                  | unsafe
+                                                                                  +--> repair (critique, safety)
 
 The way is the same for all protocols; a ``Wire`` (package ``protocols``) reads requests and writes answers. Generation
 starts beside the prompt check, so that an allowed request waits for the slower of the two and not for both; nothing
-leaves before the prompt's verdict, and no text leaves before its own. Whatever fails, fails closed: an error ends the
-request and what is held is dropped. Every request leaves a record in the audit, however it ends.
+leaves before the prompt's verdict, and no text leaves before its own. What is unsafe is redacted, revised or refused
+(``repair.py``). Whatever fails, fails closed: an error ends the request and what is held is dropped. Every request
+leaves a record in the audit, however it ends.
 """
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -27,13 +30,16 @@ from gateway.checks import Checker, prompt_items, response_items
 from gateway.metrics import Ledger
 from gateway.policy import Decision, Direction
 from gateway.protocols import Wire
+from gateway.repair import Repairs
 from gateway.settings import GatewaySettings
 from gateway.streaming import CheckedAnswer
 from gateway.upstreams import PassedOn, Upstreams
 from gateway.visits import Visit
 from services.contracts.chat import Json, Usage
+from services.contracts.critique import CritiqueItem, Revision
 from services.contracts.errors import Overloaded
 
+Critic = Callable[[CritiqueItem], Awaitable[Revision]]
 T = TypeVar("T")
 REFUSAL = "I'm sorry, but I can't help with that."
 NO_TOKENS = Usage(prompt_tokens=0, completion_tokens=0, total_tokens=0)
@@ -60,9 +66,8 @@ class Pipeline:
                 answer = await generation
 
             units = whole_units(answer, asked.choices)
-            checks = (request.decide(unit.index, list(texts_to_check(unit.parts))) for unit in units)
-            decisions = await asyncio.gather(*checks)
-            leaving = [request.let_out(unit, decision) for unit, decision in zip(units, decisions, strict=True)]
+            checked = await asyncio.gather(*map(request.check, units))
+            leaving = [request.let_out(unit, decision) for unit, decision in checked]
             head = answer.head or Head.own(wire.ID_PREFIX, asked.model)
             visit.answered(head, answer.usage)
             return wire.whole(asked, head, leaving, answer.usage or NO_TOKENS)
@@ -77,10 +82,11 @@ class Pipeline:
                 prompt = await request.decide_prompt()
                 if prompt.allowed:
                     async for unit, decision in answer:
-                        if not decision.allowed:
-                            answer.drop(unit.index)
                         before = sent[unit.index]
-                        leaving = request.let_out(unit, decision, started=before.started)
+                        settled = await request.settle(unit, decision, before)
+                        leaving = request.let_out(*settled, started=before.started)
+                        if leaving.blocked:
+                            answer.drop(unit.index)
                         head = answer.head or Head.own(wire.ID_PREFIX, asked.model)
                         for event in wire.events(asked, head, leaving, before):
                             yield event
@@ -110,7 +116,7 @@ class Pipeline:
             asked = wire.read(raw, self._settings, visit.policy.system_prompt)
             async with self._admission.admitted(visit, asked), self._place():
                 checker = Checker(self._upstreams.classify, visit.policy, visit.note, self._settings.checks_in_flight)
-                request = _Request(asked, visit, checker, self._settings.window_characters)
+                request = _Request(asked, visit, checker, self._upstreams.revise, self._settings)
                 try:
                     yield request
                 except PassedOn as refusal:
@@ -132,11 +138,15 @@ class Pipeline:
 class _Request:
     """The decisions on one request, and what they let out."""
 
-    def __init__(self, asked: Asked, visit: Visit, checker: Checker, window_characters: int) -> None:
+    def __init__(self, asked: Asked, visit: Visit, checker: Checker, critic: Critic, settings: GatewaySettings) -> None:
         self.asked = asked
         self._visit = visit
         self._checker = checker
-        self._window_characters = window_characters
+        self._critic = critic
+        self._window_characters = settings.window_characters
+        self._repairs = Repairs(
+            self.decide, self._revise, visit.note_repair, visit.policy.stream, settings.context_characters
+        )
         self._ledger = Ledger()
 
     async def decide_prompt(self) -> Decision:
@@ -144,6 +154,7 @@ class _Request:
         items = prompt_items(self.asked, self._window_characters)
         decision = await self._checker.decide(items, Direction.PROMPT)
         self._ledger.record(decision)
+        self._visit.happened(decision.action)
         return decision
 
     async def decide(self, index: int, texts: list[str]) -> Decision:
@@ -151,19 +162,32 @@ class _Request:
         items = response_items(self.asked.prompt_of(index), texts, self._window_characters)
         return await self._checker.decide(items, Direction.RESPONSE)
 
+    async def check(self, unit: Unit) -> tuple[Unit, Decision]:
+        """What may leave for a choice that came as a whole, with the decision on it."""
+        decision = await self.decide(unit.index, list(texts_to_check(unit.parts)))
+        return await self.settle(unit, decision, Sent())
+
+    async def settle(self, unit: Unit, decision: Decision, sent: Sent) -> tuple[Unit, Decision]:
+        """What may leave for a unit, redacted or revised if need be, after ``sent`` of its choice."""
+        return await self._repairs.settle(unit, decision, sent)
+
     def let_out(self, unit: Unit, decision: Decision, *, started: bool = False) -> Unit:
-        """What leaves for a unit that was decided on. The one place where something leaves, or does not.
+        """What leaves for a unit that is settled. The one place where something leaves, or does not.
 
         ``started`` says that some of the choice has left: then nothing can stand in its place.
 
         Raises:
-            UncheckedRelease: the unit has more text than was decided on.
+            UncheckedRelease: the unit has other text than was decided on.
         """
         for part in unit.parts:
-            self._ledger.record(decision, len(part.text), (unit.index, part.channel))
-            self._ledger.record(decision, len(_told(part)), (unit.index, "tokens"))
-        if not decision.allowed:
-            return instead(unit.index, decision, started=started)
+            self._ledger.record(decision, part.text, (unit.index, part.channel))
+            self._ledger.record(decision, _told(part), (unit.index, "tokens"))
+        leaving = self._released(unit) if decision.allowed else instead(unit.index, decision, started=started)
+        if leaving.changed:
+            self._visit.happened(leaving.changed.action)
+        return leaving
+
+    def _released(self, unit: Unit) -> Unit:
         for part in unit.parts:
             self._ledger.release(_told(part), (unit.index, "tokens"))
         parts = (replace(part, text=self._ledger.release(part.text, (unit.index, part.channel))) for part in unit.parts)
@@ -171,11 +195,18 @@ class _Request:
         self._visit.released += [part.text for part in leaving.parts]
         return leaving
 
+    async def _revise(self, index: int, draft: str, decision: Decision) -> Revision:
+        """The critique service's revision of one choice's content."""
+        prompt = self.asked.prompt_of(index)
+        revision = await self._critic(CritiqueItem(prompt=prompt, draft=draft, categories=list(decision.categories)))
+        self._visit.constitution_sha256 = revision.critique.constitution_sha256
+        return revision
+
 
 def instead(index: int, decision: Decision, *, started: bool = False) -> Unit:
     """What leaves in place of a choice that may not."""
     parts = () if started else (Part(index, CONTENT, REFUSAL),)
-    return Unit(index, parts, Finish(BLOCKED), blocked=decision)
+    return Unit(index, parts, Finish(BLOCKED), decision)
 
 
 def _told(part: Part) -> str:
