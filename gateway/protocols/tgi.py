@@ -82,7 +82,7 @@ class _Facts(BaseModel):
     seed: int | None = None
 
     def finish(self) -> Finish:
-        return Finish(self.finish_reason, self.model_dump(exclude={"finish_reason"}))
+        return Finish(self.finish_reason, self.model_dump(include={"generated_tokens", "input_length", "seed"}))
 
 
 class _Details(_Facts):
