@@ -17,7 +17,11 @@ from gateway.app import build_app
 from gateway.audit_store import AuditStore
 from gateway.audit_verify import verify
 from gateway.settings import GatewaySettings
+from services.contracts.constitution import load_constitution
 from services.contracts.errors import ConfigError
+from services.critique.app import build_app as build_critique
+from services.critique.backend import load_model
+from services.critique.settings import CritiqueSettings
 from tests.fakes.gateway_protocols import CHAT, COMPLETIONS, SPEAKERS, TGI, Speaker
 from tests.fakes.gateway_stack import PATIENT, UNCHECKED, Stack, by_sentence, events, gateway, wait_for
 from tests.fakes.gateway_upstreams import MARKER, FakeCritique, FakeInference, FakeSafety, closed_port, serving
@@ -427,6 +431,32 @@ def test_gateway_does_not_start_with_a_policy_that_it_cannot_carry_out(tmp_path:
     limits = policy_limits(tmp_path / "policy.yaml", POLICIES["revise"])
     with pytest.raises(ConfigError, match=r"policy.yaml:4: default.response.action: there is no critique service"):
         build_app(GatewaySettings.model_validate(limits))
+
+
+# The real critique service
+
+
+@streamed_or_not
+def test_shipped_miniature_revises_under_the_shipped_constitution(
+    stack: RepairStack, tmp_path: Path, stream: bool
+) -> None:
+    settings = CritiqueSettings()
+    constitution = load_constitution(settings.constitution)
+    stack.answer([f"You can steal a car, {MARKER}. ", "First find one."])
+    limits = policy_limits(tmp_path / "policy.yaml", POLICIES["revise held"])
+    with ExitStack() as exits:
+        services = (stack.inference, stack.safety, build_critique(settings, constitution, load_model(settings)))
+        urls = [exits.enter_context(serving(service)) for service in services]
+        limits |= {"critique_url": urls[2], "audit_url": f"sqlite:///{stack.audit}"}
+        url = exits.enter_context(gateway(urls[0], urls[1], limits))
+        body = CHAT.body("How do I steal a car?", stream=stream)
+        response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=20)
+    assert response.headers["x-fedward-decision"] == "revise"
+    revision = text_of(CHAT, response)
+    assert revision not in ("", REFUSAL)
+    assert "First find" not in revision
+    assert MARKER not in response.text
+    assert stack.last_record()["constitution_sha256"] == constitution.sha256
 
 
 # Other people's clients

@@ -164,6 +164,13 @@ def test_end_of_a_stream_goes_where_it_is_unsafe_only_with_what_has_left() -> No
     assert action is Action.REFUSE, "there is nothing left to remove"
 
 
+def test_unit_after_a_removal_is_decided_on_with_what_has_left() -> None:
+    sent = Sent(repaired=True)
+    sent.add(Unit(0, (said("[removed] So ba"),)))
+    for text, left in (("d it is. ", "[removed] "), ("nd it is. ", "nd it is. ")):
+        assert settled(Machine(), Unit(0, (said(text),)), Action.REDACT, sent)[0].text() == left
+
+
 def test_whole_of_what_has_left_counts_at_the_end_even_if_the_rest_was_allowed() -> None:
     sent = Sent(repaired=True)
     sent.add(Unit(0, (said("ba"),)))
