@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+from functools import partial
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -395,14 +396,15 @@ def test_revisions_need_a_critique_service_where_they_are_carried_out() -> None:
 
 
 def test_new_file_that_revises_without_a_critique_service_is_not_taken(file: Path) -> None:
-    policies = PolicyInForce(file, can_revise=False)
+    read = partial(read_policies, can_revise=False)
+    policies = WatchedFile(file, read)
     file.write_text(REVISING)
     look_until_settled(policies)
     assert deadline_of(policies) == 100
-    assert policies.error is not None
-    assert "there is no critique service" in policies.error
+    assert policies.problem is not None
+    assert "there is no critique service" in policies.problem
     with pytest.raises(ConfigError, match="there is no critique service"):
-        PolicyInForce(file, can_revise=False)
+        WatchedFile(file, read)
 
 
 def test_watching_brings_a_new_file_into_force(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
