@@ -107,7 +107,7 @@ class Repairs:
         return await self._decide(unit.index, texts)
 
     async def _redacted(self, unit: Unit, sent: Sent) -> Unit:
-        """The unit with ``REMOVED`` in it.
+        """The unit with ``REMOVED`` in it; where it is unsafe by what is told about tokens, leaving that out may do.
 
         The rest of a stream goes as a whole, as other units do, when it is unsafe only with what has left before it.
         """
@@ -117,7 +117,7 @@ class Repairs:
         redacted = await self._unsafe_pieces_removed(plain)
         if redacted == plain and sent.started:
             redacted = _all_removed(plain)
-        if redacted == plain:
+        if redacted == unit:
             raise _Impossible(Outcome.ONLY_AS_WHOLE)
         return redacted
 

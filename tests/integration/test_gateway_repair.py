@@ -16,6 +16,7 @@ from prometheus_client import REGISTRY
 from gateway.app import build_app
 from gateway.audit_store import AuditStore
 from gateway.audit_verify import verify
+from gateway.policy_file import Route
 from gateway.settings import GatewaySettings
 from services.contracts.constitution import load_constitution
 from services.contracts.errors import ConfigError
@@ -28,12 +29,13 @@ from tests.fakes.gateway_upstreams import MARKER, FakeCritique, FakeInference, F
 
 REFUSAL = "I'm sorry, but I can't help with that."
 POLICIES = {
-    "redact": "response: {action: redact}",
-    "redact held": "response: {action: redact}\n  stream: {unit: answer}",
-    "revise": "response: {action: revise}",
-    "revise held": "response: {action: revise}\n  stream: {unit: answer}",
-    "shadow": "response: {action: revise}\n  shadow: true",
+    "redact": "{response: {action: redact}, stream: {idle_ms: 3000}}",
+    "redact held": "{response: {action: redact}, stream: {unit: answer}}",
+    "revise": "{response: {action: revise}, stream: {idle_ms: 3000}}",
+    "revise held": "{response: {action: revise}, stream: {unit: answer}}",
+    "shadow": "{response: {action: revise}, shadow: true}",
 }
+PATIENT_ROUTES = {route.value: {"check_deadline_ms": 1500} for route in Route}
 by_name = pytest.mark.parametrize("speaker", SPEAKERS, ids=lambda speaker: speaker.name)
 openais = pytest.mark.parametrize("speaker", [CHAT, COMPLETIONS], ids=["chat", "completions"])
 streamed_or_not = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
@@ -72,7 +74,7 @@ def running_repairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repair
 
 def policy_limits(file: Path, policy: str) -> dict[str, Any]:
     """Settings of a patient gateway with this policy for everybody."""
-    file.write_text(f"schema_version: 1\ndefault:\n  check_deadline_ms: 1500\n  {policy}\n")
+    file.write_text(f"schema_version: 1\ndefault: {policy}\nroutes: {PATIENT_ROUTES}\n")
     seconds = {name: value for name, value in PATIENT.items() if name.endswith("seconds")}
     return seconds | {"policy_file": file, "held_limit_characters": 10_000}
 
@@ -175,12 +177,13 @@ def test_answer_that_is_unsafe_only_as_a_whole_is_refused(stack: RepairStack, sp
     assert MARKER not in response.text
     assert speaker.text(response) == REFUSAL
     assert response.headers["x-fedward-decision"] == "refuse"
-    assert stack.last_record()["repairs"] == [{"choice": 0, "action": "redact", "outcome": "only_as_whole"}]
+    outcome = "still_unsafe" if speaker.name.startswith("tgi") else "only_as_whole"  # without its tokens, too
+    assert stack.last_record()["repairs"] == [{"choice": 0, "action": "redact", "outcome": outcome}]
 
 
 @by_name
 def test_end_of_a_stream_that_is_unsafe_only_with_what_has_left(stack: RepairStack, speaker: Speaker) -> None:
-    stack.answer(["a" * 195 + MARKER[:5], MARKER[5:] + " and so on"], pause=lambda i: 0.3 * i)
+    stack.answer(["a" * 195 + MARKER[:5], MARKER[5:] + " and so on"])
     response = speaker.ask(stack, stream=True)
     assert MARKER not in response.text
     assert MARKER[5:] not in response.text
@@ -252,6 +255,15 @@ def test_tokens_are_not_told_once_something_was_removed(stack: RepairStack, spea
     assert text_of(speaker, response) == "One. [removed] Three. Four."
     assert "secret" not in response.text
     assert "Cuatro" not in response.text
+
+
+@pytest.mark.parametrize("speaker", [CHAT, COMPLETIONS, TGI], ids=["chat", "completions", "tgi"])
+def test_unsafe_alternatives_are_left_out_of_a_whole_answer(stack: RepairStack, speaker: Speaker) -> None:
+    stack.answer(["One ", "two."], alternatives=["a", MARKER])
+    response = speaker.ask(stack)
+    assert text_of(speaker, response) == "One two."
+    assert MARKER not in response.text
+    assert response.headers["x-fedward-decision"] == "redact"
 
 
 @pytest.mark.parametrize("pause", [0.0, 0.03])
@@ -429,7 +441,7 @@ def test_repairs_are_counted(stack: RepairStack) -> None:
 
 def test_gateway_does_not_start_with_a_policy_that_it_cannot_carry_out(tmp_path: Path) -> None:
     limits = policy_limits(tmp_path / "policy.yaml", POLICIES["revise"])
-    with pytest.raises(ConfigError, match=r"policy.yaml:4: default.response.action: there is no critique service"):
+    with pytest.raises(ConfigError, match=r"policy.yaml:2: default.response.action: there is no critique service"):
         build_app(GatewaySettings.model_validate(limits))
 
 
