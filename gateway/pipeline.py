@@ -11,37 +11,29 @@
 
 The way is the same for all protocols; a ``Wire`` (package ``protocols``) reads requests and writes answers. Generation
 starts beside the prompt check, so that an allowed request waits for the slower of the two and not for both; nothing
-leaves before the prompt's verdict, and no text leaves before its own. What is unsafe is redacted, revised or refused
-(``repair.py``). Whatever fails, fails closed: an error ends the request and what is held is dropped. Every request
-leaves a record in the audit, however it ends.
+leaves before the prompt's verdict, and no text leaves before its own (``request.py``). What is unsafe is redacted,
+revised or refused (``repair.py``). Whatever fails, fails closed: an error ends the request and what is held is dropped.
+Every request leaves a record in the audit, however it ends.
 """
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from gateway.admission import Admission
-from gateway.answers import BLOCKED, CONTENT, Finish, Head, Part, Sent, Unit, texts_to_check, whole_units
-from gateway.asked import Asked
-from gateway.checks import Checker, prompt_items, response_items
-from gateway.metrics import Ledger
-from gateway.policy import Decision, Direction
+from gateway.answers import Head, Sent, whole_units
 from gateway.protocols import Wire
-from gateway.repair import Repairs
+from gateway.request import Request, instead
 from gateway.settings import GatewaySettings
 from gateway.streaming import CheckedAnswer
 from gateway.upstreams import PassedOn, Upstreams
 from gateway.visits import Visit
 from services.contracts.chat import Json, Usage
-from services.contracts.critique import CritiqueItem, Revision
 from services.contracts.errors import Overloaded
 
-Critic = Callable[[CritiqueItem], Awaitable[Revision]]
 T = TypeVar("T")
-REFUSAL = "I'm sorry, but I can't help with that."
 NO_TOKENS = Usage(prompt_tokens=0, completion_tokens=0, total_tokens=0)
 
 
@@ -104,7 +96,7 @@ class Pipeline:
                 yield event
 
     @asynccontextmanager
-    async def _at_work(self, raw: Json, wire: Wire, visit: Visit) -> AsyncIterator["_Request"]:
+    async def _at_work(self, raw: Json, wire: Wire, visit: Visit) -> AsyncIterator[Request]:
         """A request that is read, admitted and recorded. What the inference service says when it refuses is checked.
 
         Raises:
@@ -115,8 +107,7 @@ class Pipeline:
         async with self._admission.recorded(visit):
             asked = wire.read(raw, self._settings, visit.policy.system_prompt)
             async with self._admission.admitted(visit, asked), self._place():
-                checker = Checker(self._upstreams.classify, visit.policy, visit.note, self._settings.checks_in_flight)
-                request = _Request(asked, visit, checker, self._upstreams.revise, self._settings)
+                request = Request(asked, visit, self._upstreams, self._settings)
                 try:
                     yield request
                 except PassedOn as refusal:
@@ -133,85 +124,6 @@ class Pipeline:
             yield
         finally:
             self._busy -= 1
-
-
-class _Request:
-    """The decisions on one request, and what they let out."""
-
-    def __init__(self, asked: Asked, visit: Visit, checker: Checker, critic: Critic, settings: GatewaySettings) -> None:
-        self.asked = asked
-        self._visit = visit
-        self._checker = checker
-        self._critic = critic
-        self._window_characters = settings.window_characters
-        self._repairs = Repairs(
-            self.decide, self._revise, visit.note_repair, visit.policy.stream, settings.context_characters
-        )
-        self._ledger = Ledger()
-
-    async def decide_prompt(self) -> Decision:
-        """Decide on all that the client sent."""
-        items = prompt_items(self.asked, self._window_characters)
-        decision = await self._checker.decide(items, Direction.PROMPT)
-        self._ledger.record(decision)
-        self._visit.happened(decision.action)
-        return decision
-
-    async def decide(self, index: int, texts: list[str]) -> Decision:
-        """Decide on texts of one choice."""
-        items = response_items(self.asked.prompt_of(index), texts, self._window_characters)
-        return await self._checker.decide(items, Direction.RESPONSE)
-
-    async def check(self, unit: Unit) -> tuple[Unit, Decision]:
-        """What may leave for a choice that came as a whole, with the decision on it."""
-        decision = await self.decide(unit.index, list(texts_to_check(unit.parts)))
-        return await self.settle(unit, decision, Sent())
-
-    async def settle(self, unit: Unit, decision: Decision, sent: Sent) -> tuple[Unit, Decision]:
-        """What may leave for a unit, redacted or revised if need be, after ``sent`` of its choice."""
-        return await self._repairs.settle(unit, decision, sent)
-
-    def let_out(self, unit: Unit, decision: Decision, *, started: bool = False) -> Unit:
-        """What leaves for a unit that is settled. The one place where something leaves, or does not.
-
-        ``started`` says that some of the choice has left: then nothing can stand in its place.
-
-        Raises:
-            UncheckedRelease: the unit has other text than was decided on.
-        """
-        for part in unit.parts:
-            self._ledger.record(decision, part.text, (unit.index, part.channel))
-            self._ledger.record(decision, _told(part), (unit.index, "tokens"))
-        leaving = self._released(unit) if decision.allowed else instead(unit.index, decision, started=started)
-        if leaving.changed:
-            self._visit.happened(leaving.changed.action)
-        return leaving
-
-    def _released(self, unit: Unit) -> Unit:
-        for part in unit.parts:
-            self._ledger.release(_told(part), (unit.index, "tokens"))
-        parts = (replace(part, text=self._ledger.release(part.text, (unit.index, part.channel))) for part in unit.parts)
-        leaving = replace(unit, parts=tuple(parts))
-        self._visit.released += [part.text for part in leaving.parts]
-        return leaving
-
-    async def _revise(self, index: int, draft: str, decision: Decision) -> Revision:
-        """The critique service's revision of one choice's content."""
-        prompt = self.asked.prompt_of(index)
-        revision = await self._critic(CritiqueItem(prompt=prompt, draft=draft, categories=list(decision.categories)))
-        self._visit.constitution_sha256 = revision.critique.constitution_sha256
-        return revision
-
-
-def instead(index: int, decision: Decision, *, started: bool = False) -> Unit:
-    """What leaves in place of a choice that may not."""
-    parts = () if started else (Part(index, CONTENT, REFUSAL),)
-    return Unit(index, parts, Finish(BLOCKED), decision)
-
-
-def _told(part: Part) -> str:
-    """All text in what is told about the tokens."""
-    return "".join(text for token in part.tokens for text in token.texts)
 
 
 @asynccontextmanager
