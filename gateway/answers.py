@@ -135,7 +135,10 @@ class Unit:
 
 @dataclass
 class Sent:
-    """What has left of one choice so far: the text of each channel, and how many tokens were told about."""
+    """What has left of one choice so far: the text of each channel, and how many tokens were told about.
+
+    Of a repaired choice, of which no tokens are told, each unit counts as one.
+    """
 
     started: bool = False
     repaired: bool = False
@@ -148,7 +151,7 @@ class Sent:
         self.repaired = self.repaired or unit.changed is not None
         for part in unit.parts:
             self.texts[part.channel] += part.text
-        self.tokens += len(unit.tokens())
+        self.tokens += len(unit.tokens()) or int(self.repaired)
 
 
 def whole_units(event: Event, choices: int) -> list[Unit]:

@@ -111,6 +111,7 @@ def text_of(speaker: Speaker, response: httpx.Response, index: int = 0) -> str:
         return speaker.text(response, index)
     parts = [part for part in events(response) if part != "[DONE]"]
     if speaker.name.startswith("tgi"):
+        assert [part["index"] for part in parts] == list(range(1, len(parts) + 1))
         text = "".join(part["token"]["text"] for part in parts if not part["token"]["special"])
         assert parts[-1]["generated_text"] == text
         return text
