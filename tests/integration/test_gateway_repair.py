@@ -17,7 +17,7 @@ from gateway.app import build_app
 from gateway.audit_store import AuditStore
 from gateway.audit_verify import verify
 from gateway.policy_file import Route
-from gateway.settings import GatewaySettings
+from gateway.settings import OF_THE_POLICY, GatewaySettings
 from services.contracts.constitution import load_constitution
 from services.contracts.errors import ConfigError
 from services.critique.app import build_app as build_critique
@@ -75,8 +75,8 @@ def running_repairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repair
 def policy_limits(file: Path, policy: str) -> dict[str, Any]:
     """Settings of a patient gateway with this policy for everybody."""
     file.write_text(f"schema_version: 1\ndefault: {policy}\nroutes: {PATIENT_ROUTES}\n")
-    seconds = {name: value for name, value in PATIENT.items() if name.endswith("seconds")}
-    return seconds | {"policy_file": file, "held_limit_characters": 10_000}
+    limits = {name: value for name, value in PATIENT.items() if name not in OF_THE_POLICY}
+    return limits | {"policy_file": file, "held_limit_characters": 10_000}
 
 
 @pytest.fixture
