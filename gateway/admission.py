@@ -10,6 +10,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 
 from gateway.asked import Asked, Kind
 from gateway.audit import AuditLog
@@ -46,7 +47,8 @@ class Admission:
         )
         self._auth = Authenticator(settings)
         self._limiter = Limiter(settings)
-        self._in_force = WatchedFile(settings.policy_file, read_policies) if settings.policy_file else None
+        read = partial(read_policies, can_revise=settings.critique_url is not None)
+        self._in_force = WatchedFile(settings.policy_file, read) if settings.policy_file else None
         self._uniform = PolicySet.uniform(policy_of_settings(settings))
         self._audit = AuditLog(settings)
         self.live = LiveVisits()

@@ -98,7 +98,7 @@ class Checker:
         started = time.perf_counter()
         try:
             verdicts = await (self._prompt(items) if direction is Direction.PROMPT else self._together(items))
-            decision = decide(verdicts, direction, self._policy).or_refuse()
+            decision = decide(verdicts, direction, self._policy)
         except FedwardError as error:
             DECISIONS.labels(direction.value, "unavailable").inc()
             get_logger().warning("check failed", direction=direction.value, error=error.message)

@@ -28,6 +28,9 @@ class GatewaySettings(Settings, AuthSettings, LimitsSettings, AuditSettings):
     safety_url: AnyHttpUrl = Field(
         default=AnyHttpUrl("http://127.0.0.1:8101"), description="where the safety service listens"
     )
+    critique_url: AnyHttpUrl | None = Field(
+        default=None, description="where the critique service listens; needed by policies that revise answers"
+    )
 
     served_model_name: str = Field(
         default="fedward", description="the inference service's name for the active release; it is always allowed"
@@ -47,6 +50,7 @@ class GatewaySettings(Settings, AuthSettings, LimitsSettings, AuditSettings):
     )
     connect_seconds: float = Field(default=2.0, gt=0, description="longest wait for a connection to a service")
     generation_seconds: float = Field(default=120.0, gt=0, description="longest wait for a whole answer")
+    revise_seconds: float = Field(default=20.0, gt=0, description="longest wait for a revision; then it is a refusal")
     silence_seconds: float = Field(default=30.0, gt=0, description="longest pause inside a streamed answer")
     breaker_failures: int = Field(
         default=5, ge=0, description="leave a service alone after so many failures in a row; 0: never"

@@ -1,4 +1,4 @@
-"""The two services behind the gateway. Every failure becomes one error that names the service and quotes nothing.
+"""The services behind the gateway. Every failure becomes one error that names the service and quotes nothing.
 
 Nothing is quoted because the body of a failed answer may hold text that no verdict covers; only the error body of a
 4xx is passed on, and that of the inference service only after a check (``pipeline.py``). A service that keeps failing
@@ -24,11 +24,13 @@ from gateway.settings import GatewaySettings
 from gateway.sse import DONE, EventTooLarge, SseParser
 from services.common.spans import span
 from services.contracts.chat import Json, TgiError
+from services.contracts.critique import CritiqueItem, ReviseRequest, ReviseResponse, Revision
 from services.contracts.errors import ErrorBody, ErrorDetail, FedwardError, UpstreamRejected, UpstreamUnavailable
 from services.contracts.verdicts import ClassifyItem, ClassifyRequest, ClassifyResponse, Verdict
 
 INFERENCE = "inference"
 SAFETY = "safety"
+CRITIQUE = "critique"
 ADAPTER_HEADER = "x-fedward-adapter-sha256"
 
 
@@ -59,16 +61,15 @@ def status_of(error: FedwardError) -> int:
 
 
 class Upstreams:
-    """The inference and safety services, asked; close it when the app ends."""
+    """The inference, safety and critique services, asked; close it when the app ends."""
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._deadlines = {SAFETY: settings.check_deadline_ms / 1000, INFERENCE: settings.silence_seconds}
         self._generation_seconds = settings.generation_seconds
         self._silence_seconds = settings.silence_seconds
-        self._services = {
-            name: Service(name, url, settings)
-            for name, url in ((INFERENCE, settings.inference_url), (SAFETY, settings.safety_url))
-        }
+        self._revise_seconds = settings.revise_seconds
+        urls = {INFERENCE: settings.inference_url, SAFETY: settings.safety_url, CRITIQUE: settings.critique_url}
+        self._services = {name: Service(name, url, settings) for name, url in urls.items() if url}
 
     async def close(self) -> None:
         """Close all kept connections."""
@@ -105,6 +106,20 @@ class Upstreams:
         finally:
             CHECK_SECONDS.labels(direction.value).observe(time.perf_counter() - started)
         return verdicts
+
+    async def revise(self, item: CritiqueItem) -> Revision:
+        """The critique service's revision of a draft, within ``revise_seconds``; raises UpstreamUnavailable."""
+        content = ReviseRequest(items=[item]).model_dump_json().encode()
+        critique = self._services[CRITIQUE]
+        try:
+            with critique.breaker.watching(), _readable(CRITIQUE):
+                answer = await self._fetch(critique, "POST", "/v1/revise", content, self._revise_seconds)
+                revisions = ReviseResponse.model_validate_json(answer).revisions
+                if len(revisions) != 1:
+                    raise UpstreamUnavailable(CRITIQUE, f"gave {len(revisions)} revisions of one draft")
+        except PassedOn as error:
+            raise UpstreamUnavailable(CRITIQUE, f"answered HTTP {error.status}") from error
+        return revisions[0]
 
     async def forward(
         self, name: str, method: str, path: str, content: bytes | None = None, *, deadline_seconds: float | None = None

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gateway.answers import Head
-from gateway.audit_records import AuditRecord, DecisionEntry
+from gateway.audit_records import AuditRecord, DecisionEntry, RepairEntry
 from gateway.auth import Identity
 from gateway.policy import Action, Decision, Policy, milder
 from gateway.policy_file import Route
@@ -28,6 +28,7 @@ class Visit:
         held: how many characters of each choice wait for their verdict now.
         released: the texts that have left.
         tokens: what the request took, where the inference service says so.
+        constitution_sha256: of the critique service, where it was asked.
     """
 
     request_id: str
@@ -40,8 +41,10 @@ class Visit:
     held: Mapping[int, int] = field(default_factory=dict)
     released: list[str] = field(default_factory=list)
     tokens: int | None = None
+    constitution_sha256: str | None = None
     _head: Head | None = None
     _decisions: list[DecisionEntry] = field(default_factory=list)
+    _repairs: list[RepairEntry] = field(default_factory=list)
     _action: Action = Action.ALLOW
     _classifier: str | None = None
     _started: float = field(default_factory=time.perf_counter)
@@ -71,10 +74,17 @@ class Visit:
             check_ms=seconds * 1000,
         )
         self._decisions.append(entry)
-        if milder(self._action, decision.action):
-            self._action = decision.action
         if verdicts:
             self._classifier = verdicts[0].model_id
+
+    def note_repair(self, index: int, action: Action, outcome: str) -> None:
+        """Keep what came of redacting or revising one choice."""
+        self._repairs.append(RepairEntry(choice=index, action=action.value, outcome=outcome))
+
+    def happened(self, action: Action) -> None:
+        """Note what was done with the prompt, or with a part of the answer; the worst is what the client got."""
+        if milder(self._action, action):
+            self._action = action
 
     def answered(self, head: Head | None, usage: Usage | None) -> None:
         """Note who wrote the answer, and what it took."""
@@ -91,10 +101,12 @@ class Visit:
             protocol="tgi" if self.route is Route.GENERATE else "openai",
             action="error" if error else self._action.value,
             decisions=tuple(self._decisions),
+            repairs=tuple(self._repairs) or None,
             prompt_hmac=prompt_hmac if self.prompt else None,
             released_characters=sum(map(len, self.released)),
             model=(self._head and self._head.model) or self.model,
             adapter_sha256=self._head.system_fingerprint if self._head else None,
+            constitution_sha256=self.constitution_sha256,
             policy_sha256=self.policy.sha256,
             classifier_id=self._classifier,
             latency_ms=round((time.perf_counter() - self._started) * 1000, 1),

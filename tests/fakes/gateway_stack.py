@@ -56,10 +56,10 @@ class Stack:
 @contextmanager
 def gateway(inference_url: str, safety_url: str, limits: dict[str, Any] = PATIENT) -> Iterator[str]:
     """A gateway in a thread; gives its URL."""
-    values = limits | {"inference_url": inference_url, "safety_url": safety_url, "held_limit_characters": 3000}
-    values |= {"served_model_name": "fake", "allowed_models": ("other", MARKER)}
+    values: dict[str, Any] = {"inference_url": inference_url, "safety_url": safety_url, "held_limit_characters": 3000}
+    values |= {"served_model_name": "fake", "allowed_models": ("other", MARKER)} | limits
     with TemporaryDirectory() as folder:
-        values["audit_url"] = f"sqlite:///{folder}/audit.db"
+        values.setdefault("audit_url", f"sqlite:///{folder}/audit.db")
         with serving(build_app(GatewaySettings(**values))) as url:
             yield url
 

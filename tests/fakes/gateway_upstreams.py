@@ -1,4 +1,4 @@
-"""A fake inference service and a fake safety service on real sockets, which fail in every way a test asks for.
+"""Fake inference, safety and critique services on real sockets, which fail in every way a test asks for.
 
 The fake classifier calls a text unsafe if and only if it contains ``MARKER``, which is a harmless word.
 """
@@ -246,6 +246,29 @@ def verdict(item: Any) -> dict[str, Any]:
 def moderation(text: str) -> dict[str, Any]:
     unsafe = MARKER in text
     return {"flagged": unsafe, "categories": {"violence": unsafe}, "category_scores": {"violence": float(unsafe)}}
+
+
+@dataclass
+class FakeCritique(Fake):
+    """Answers every draft with the same revision, within ``delay`` seconds."""
+
+    revision: str = "Here is a better answer."
+    revised: bool = True
+    rejected_because: str | None = None
+    delay: float = 0.0
+
+    async def handle(self, path: str, body: Any, reply: Reply) -> None:
+        assert path == "/v1/revise"
+        self.requests.append(body)
+        await asyncio.sleep(self.delay)
+        if self.fault == "too few":
+            return await reply.json({"revisions": []})
+        if self.fault:
+            return await self.fail(reply, json.dumps(body)[1:-1].replace('"', "'"))
+        names = {"principle_id": "no-harm", "constitution_sha256": "c" * 64, "model_id": "fake"}
+        critique = {"critique": "Problem: it is about music.", "problem": True, **names}
+        revision = {"revision": self.revision, "revised": self.revised, "rejected_because": self.rejected_because}
+        return await reply.json({"revisions": [revision | {"critique": critique}]})
 
 
 class Step(NamedTuple):

@@ -116,6 +116,7 @@ def assert_closed_by_filter(parts: list[Any], *, nothing_released: bool) -> None
     reason = "The answer was classified as unsafe: Violent crimes (S1)."
     assert parts[-2]["fedward"] == {
         "blocked": True,
+        "decision": "refuse",
         "direction": "response",
         "categories": ["S1"],
         "reason": reason,

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+from functools import partial
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -363,6 +364,47 @@ def test_broken_file_leaves_the_old_policy_in_force_and_is_told_once(file: Path,
 def test_broken_file_at_the_start_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read the policy: No such file"):
         WatchedFile(tmp_path / "none.yaml", read_policies)
+
+
+REVISING = """\
+schema_version: 1
+default:
+  response: {action: redact}
+routes:
+  chat:
+    response: {categories: {S4: {threshold: 0.2, action: revise}}}
+tenants:
+  lab:
+    response: {action: revise}
+  trial:
+    shadow: true
+    response: {action: revise}
+  strict:
+    response: {action: refuse, categories: {S4: {action: refuse}}}
+"""
+
+
+def test_revisions_need_a_critique_service_where_they_are_carried_out() -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_policies(REVISING.encode(), "p", can_revise=False)
+    told = [line.split(": there is no critique service")[0] for line in error.value.message.splitlines()]
+    assert told == ["p:6: routes.chat.response.categories.S4.action", "p:9: tenants.lab.response.action"]
+    assert "--critique-url" in error.value.message
+    assert parse_policies(REVISING.encode(), "p").of("lab", Route.CHAT).response.action is Action.REVISE
+    harmless = REVISING.replace("action: revise", "action: redact")
+    assert parse_policies(harmless.encode(), "p", can_revise=False)
+
+
+def test_new_file_that_revises_without_a_critique_service_is_not_taken(file: Path) -> None:
+    read = partial(read_policies, can_revise=False)
+    policies = WatchedFile(file, read)
+    file.write_text(REVISING)
+    look_until_settled(policies)
+    assert deadline_of(policies) == 100
+    assert policies.problem is not None
+    assert "there is no critique service" in policies.problem
+    with pytest.raises(ConfigError, match="there is no critique service"):
+        WatchedFile(file, read)
 
 
 def test_watching_brings_a_new_file_into_force(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
