@@ -21,6 +21,8 @@ default:
 tenants:
   trial:
     shadow: true
+  mild:
+    response: {{action: redact}}
   strict:
     models: [other]
     response:
@@ -60,7 +62,7 @@ class Guarded(NamedTuple):
 def guarded_gateway(folder: Path, **more: Any) -> Iterator[Guarded]:
     """Serve it from a thread; ``more`` settings win."""
     keys = {}
-    for tenant in ("plain", "trial", "strict"):
+    for tenant in ("plain", "trial", "strict", "mild"):
         key = new_key(tenant, "test")
         add_key(folder / "keys.json", key)
         keys[tenant] = key.secret

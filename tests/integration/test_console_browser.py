@@ -150,6 +150,19 @@ def test_answer_blocked_in_the_middle_keeps_what_was_released(stack: Stack, page
     assert "word26" not in page.content()
 
 
+def test_redacted_parts_are_marked(guarded: Guarded, page: Page) -> None:
+    guarded.inference.pieces = ["It says [removed] here. ", f"Here is the {MARKER}. ", "Good bye."]
+    open_console(page, guarded.url)
+    sign_in(page, guarded.keys["mild"])
+    ask(page, "Hello")
+    ended(page)
+    expect(page.locator(".answer")).to_have_text("It says [removed] here. [removed] Good bye.")
+    expect(page.locator(".answer mark")).to_have_count(1)
+    expect(page.locator("footer .chip")).to_contain_text("Redacted")
+    expect(page.locator(".check.redact").first).to_contain_text("Violent crimes (S1)")
+    assert MARKER not in page.locator("#log").inner_html()
+
+
 def test_markup_in_an_answer_stays_text(stack: Stack, page: Page) -> None:
     bad = "<script>window.hacked = 1</script> <img src=x onerror='window.hacked = 1'> done."
     stack.answer([bad])
