@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, computed_field
 
@@ -31,6 +31,25 @@ class ConstitutionalReport(BaseModel):
     constitution_sha256: str
 
 
+class Screened(BaseModel):
+    """The audit line of one client's update in one round: what was found and what was done.
+
+    ``tokens`` is the weight that the client claims, ``weight`` the one that its update was averaged with. The scores
+    are those of ``trainer.screening``; None where they were not measured. ``flagged`` stands also where the mode
+    is to report only.
+    """
+
+    client_id: int
+    decision: Literal["kept", "down-weighted", "dropped"]
+    flagged: bool
+    reason: str
+    tokens: int
+    weight: int
+    safety_drop: float | None = None
+    harm_cosine: float | None = None
+    agreement: float | None = None
+
+
 class RoundRecord(BaseModel):
     """One finished round: a line of ``rounds.jsonl``. Clients are named by their number.
 
@@ -49,6 +68,7 @@ class RoundRecord(BaseModel):
     curation: CurationReport | None = None
     curation_precision: float | None = None
     curation_recall: float | None = None
+    screening: list[Screened] = []
     cai: ConstitutionalReport | None = None
     filter_model_id: str | None = None
     filter_model_sha256: str | None = None

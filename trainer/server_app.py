@@ -17,7 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 from services.contracts.errors import AdapterError, ConfigError
-from trainer import constitutional
+from trainer import constitutional, screening
 from trainer.aggregation import (
     Arrays,
     ClientUpdate,
@@ -95,7 +95,9 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
         accepted, rejected = send_adapter(grid, adapter, sampled, config, round_number, trainee.base_model_sha256)
         clock.lap("train")
 
-        # 2. Aggregation of the updates that passed the checks.
+        # 2. Screening of the updates that passed the checks, and aggregation of those that are left.
+        accepted, dropped, screened = screening.screen(trainee, adapter, accepted, config, round_number)
+        rejected |= dropped
         for reason in rejected.values():
             log.warning("round %d: left out: %s", round_number, reason)
         require_enough(accepted, rejected, config.min_clients)
@@ -118,6 +120,7 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
             round_number=round_number,
             adapter_sha256=manifest.sha256,
             rejected=rejected,
+            screening=screened,
             cai=cai,
             seconds=sum(clock.laps.values()),
             seconds_by_phase=clock.laps,
