@@ -26,6 +26,11 @@ class Cell(NamedTuple):
     partition: str
     folder: str
 
+    @property
+    def screens(self) -> bool:
+        """Whether the coordinator screens updates."""
+        return self.defence in ("screening", "all")
+
 
 class Share(NamedTuple):
     """``count`` of ``n`` with its exact (Clopper-Pearson) 95 % interval."""
@@ -77,15 +82,14 @@ def collect(plans: Sequence[DemoPlan], cell: Cell) -> dict[str, Any]:
         found = [evaluation["sets"][prompts][measure] for evaluation in evaluations]
         row[name] = share(sum(rate["count"] for rate in found), sum(rate["n"] for rate in found))._asdict()
         row[f"{name}_by_seed"] = [rate["rate"] for rate in found]
-    lines = [line for plan in plans for line in screened(plan, cell)]
+    lines = [line for plan in plans for line in screened(plan, cell)] if cell.screens else []
     for name, group in (
         ("malicious_flagged", [line for line in lines if line["client_id"] < cell.malicious]),
         ("benign_flagged", [line for line in lines if line["client_id"] >= cell.malicious]),
     ):
-        measured = [line for line in group if line["safety_drop"] is not None]
-        row[name] = share(sum(line["flagged"] for line in measured), len(measured))._asdict()
+        row[name] = share(sum(line["flagged"] for line in group), len(group))._asdict()
         for score in ("safety_drop", "harm_cosine", "agreement"):
-            values = [line[score] for line in measured if line[score] is not None]
+            values = [line[score] for line in group if line[score] is not None]
             row[f"{name}_{score}"] = [min(values), max(values)] if values else None
     return row
 

@@ -144,11 +144,11 @@ def decide(updates: Sequence[ClientUpdate], scores: Mapping[int, Scores], config
 
 
 def find_fault(scores: Scores, config: RunConfig) -> str:
-    """What a client is flagged for, in words; empty when nothing."""
+    """What a client is flagged for, in words; empty when nothing. A score that is NaN is over every threshold."""
     faults = []
-    if scores.safety_drop > config.max_safety_drop:
+    if not scores.safety_drop <= config.max_safety_drop:
         faults.append(f"safety-drop {scores.safety_drop:.2f} is over max-safety-drop {config.max_safety_drop:g}")
-    if scores.harm_cosine is not None and scores.harm_cosine > config.max_harm_cosine:
+    if scores.harm_cosine is not None and not scores.harm_cosine <= config.max_harm_cosine:
         faults.append(f"harm-cosine {scores.harm_cosine:.3f} is over max-harm-cosine {config.max_harm_cosine:g}")
     return ", ".join(faults)
 
