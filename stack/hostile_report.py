@@ -54,7 +54,7 @@ def share(count: int, n: int) -> Share:
 
 def write_report(out: Path, plans: Sequence[DemoPlan], cells: Sequence[Cell], command: str) -> str:
     """Collect every seed's results and write the summary, the table and the plot; returns the table."""
-    rows = [*copies_without_screening(plans, [collect(plans, cell) for cell in cells])]
+    rows = list(copies_without_screening([collect(plans, cell) for cell in cells]))
     last = json.loads(evaluation_of(plans[-1], cells[0]).read_text())
     provenance = {key: last[key] for key in ("git_commit", "uncommitted_changes", "python", "libraries", "hardware")}
     summary = {
@@ -100,7 +100,7 @@ def screened(plan: DemoPlan, cell: Cell) -> Iterable[dict[str, Any]]:
         yield from json.loads(line)["screening"]
 
 
-def copies_without_screening(plans: Sequence[DemoPlan], rows: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+def copies_without_screening(rows: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
     """The rows, and for each clean one with screening a copy for the same defence without it.
 
     Where no client was flagged, screening changed nothing and the same seed gives the same adapter. Where one was,
