@@ -13,7 +13,7 @@ from rich.console import Console
 from services.common.settings import exit_with
 from services.contracts.errors import FedwardError
 from stack.demo import run_demo
-from stack.hostile import run_hostile
+from stack.hostile import plan_seeds, report, run_hostile
 from stack.plan import DemoPlan
 from stack.results import run_all
 from stack.up import down, up
@@ -82,7 +82,10 @@ def _results(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def _hostile(arguments: argparse.Namespace, console: Console) -> None:
-    run_hostile(arguments.out, _plan(arguments), arguments.seeds, console, _command())
+    if arguments.report:
+        report(arguments.out, plan_seeds(arguments.out, _plan(arguments), arguments.seeds), console, _command())
+    else:
+        run_hostile(arguments.out, _plan(arguments), arguments.seeds, console, _command())
 
 
 def _command() -> str:
@@ -116,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     hostile.add_argument("--rounds", type=_positive, default=3)
     hostile.add_argument("--samples-per-client", type=_positive, default=24)
     hostile.add_argument("--limit", type=_positive, default=80, help="prompts of each evaluation set (default: 80)")
+    hostile.add_argument("--report", action="store_true", help="only write the report, on what is finished")
     _add_benchmarks_flag(hostile)
     hostile.set_defaults(run=_hostile, clients=10, release=False)
 

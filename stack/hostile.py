@@ -32,8 +32,13 @@ DEFENCES: dict[str, dict[str, str | int | float]] = {
     "cai": {"arm": "cai", "screening": "off"},
     "all": {"arm": "cai", "screening": "drop"},
 }
-# Small batches: it is the number of steps that moves an adapter, and these take a third of the demo's time.
-SIZES: dict[str, str | int | float] = {"batch-size": 8, "cai-steps": 15, "cai-prompts": 32}
+# Few small batches at twice the usual rate: three rounds of them do the harm of the demo's at a third of the time. The
+# alignment's steps are fewer and longer likewise. How far an honest adapter strays grows with the rate, and so has
+# max-safety-drop to; it was set on other seeds (docs/hostile-clients.md).
+SIZES: dict[str, str | int | float] = {
+    "batch-size": 8, "learning-rate": 4e-3, "max-safety-drop": 1.4,
+    "cai-prompts": 16, "cai-benign-prompts": 0, "cai-answer-tokens": 24, "cai-steps": 15, "cai-learning-rate": 1.5e-3,
+}  # fmt: skip
 BOOST = 5.0
 
 
@@ -63,14 +68,21 @@ FEDERATIONS = (
 
 
 class Batch(NamedTuple):
-    """Federations that one process runs."""
+    """Federations that one process runs, with its flags."""
 
     federations: list[Federation]
     flags: list[str]
 
 
+BATCHES = (
+    Batch([f for f in FEDERATIONS if f.defence in ("none", "screening") and f.attack != "boosted"], []),
+    Batch([f for f in FEDERATIONS if f.attack == "boosted"], ["--boost", f"0={BOOST:g}", f"1={BOOST:g}"]),
+    Batch([f for f in FEDERATIONS if f.defence in ("cai", "all")], []),  # the slow ones come last
+)
+
+
 def run_hostile(out: Path, size: DemoPlan, seeds: Sequence[int], console: Console, command: str) -> None:
-    """Run the experiment and write ``summary.json``, ``table.md`` and ``safety.png``.
+    """Run the experiment and write its report.
 
     Args:
         out: the folder, with a folder ``seed-S`` for each seed.
@@ -83,8 +95,7 @@ def run_hostile(out: Path, size: DemoPlan, seeds: Sequence[int], console: Consol
         ConfigError: a folder holds an experiment of another size.
         ProcessFailed: a federation or an evaluation failed.
     """
-    names = tuple(federation.name for federation in FEDERATIONS)
-    plans = [replace(size, out=out / f"seed-{seed}", seed=seed, arms=names, release=False) for seed in seeds]
+    plans = plan_seeds(out, size, seeds)
     for plan in plans:
         open_folder(plan)
     say_which_prompts(size, console)
@@ -92,35 +103,44 @@ def run_hostile(out: Path, size: DemoPlan, seeds: Sequence[int], console: Consol
     with Processes(out / "logs") as processes, Stages(console, len(plans) * 2 * len(FEDERATIONS)) as stages:
         stages.begin("services: safety, critique, inference")
         processes.start_services(services)
-        for plan in plans:
-            run_seed(plan, processes, services, stages)
+        stages.begin("data")
+        prepared = [(plan, prepare_data(plan, processes)) for plan in plans]
+        for batch in BATCHES:
+            for plan, data in prepared:
+                stages.begin(f"seed {plan.seed}: {len(batch.federations)} federations")
+                run_batch(batch, plan, data, processes, services, stages)
+    report(out, plans, console, command)
+
+
+def plan_seeds(out: Path, size: DemoPlan, seeds: Sequence[int]) -> list[DemoPlan]:
+    """The plan of each seed."""
+    names = tuple(federation.name for federation in FEDERATIONS)
+    return [replace(size, out=out / f"seed-{seed}", seed=seed, arms=names, release=False) for seed in seeds]
+
+
+def report(out: Path, plans: Sequence[DemoPlan], console: Console, command: str) -> None:
+    """Write ``summary.json``, ``table.md`` and ``safety.png`` on what is finished; raises DataError when nothing is."""
     cells = [Cell(f.malicious, f.defence, f.attack, f.partition, f.name) for f in FEDERATIONS]
     console.print(write_report(out, plans, cells, command), markup=False, highlight=False, soft_wrap=True)
 
 
-def run_seed(plan: DemoPlan, processes: Processes, services: list[Service], stages: Stages) -> None:
-    """Train and evaluate every federation of one seed; an evaluation goes on beside the next federation."""
-    stages.begin(f"seed {plan.seed}: data")
-    data = prepare_data(plan, processes)
-    stages.begin(f"seed {plan.seed}: federations")
-    boosted = [federation for federation in FEDERATIONS if federation.attack == "boosted"]
-    others = [federation for federation in FEDERATIONS if federation.attack != "boosted"]
-    boosts = ["--boost", *(f"{client}={BOOST}" for client in range(2))]
-    for batch in (Batch(others, []), Batch(boosted, boosts)):
-        evaluated: set[Federation] = set()
+def run_batch(
+    batch: Batch, plan: DemoPlan, data: DemoData, processes: Processes, services: list[Service], stages: Stages
+) -> None:
+    """Train federations and evaluate each one's last adapter, beside the training of the next one."""
+    waiting = list(batch.federations)
 
-        def evaluate_finished(batch: Batch = batch, evaluated: set[Federation] = evaluated) -> None:
-            for federation in batch.federations:
-                if federation not in evaluated and finished_rounds(plan.arm_dir(federation.name)) == plan.rounds:
-                    evaluated.add(federation)
-                    stages.step(f"{federation.name} is trained")
-                    if not (plan.arm_dir(federation.name) / "eval" / f"round-{plan.rounds}" / "summary.json").exists():
-                        evaluate(plan, processes, services, data, federation.name, plan.rounds)
-                    stages.step(f"{federation.name} is evaluated")
+    def evaluate_finished() -> None:
+        while waiting and finished_rounds(plan.arm_dir(waiting[0].name)) == plan.rounds:
+            federation = waiting.pop(0)
+            stages.step(f"{federation.name} is trained")
+            if not (plan.arm_dir(federation.name) / "eval" / f"round-{plan.rounds}" / "summary.json").exists():
+                evaluate(plan, processes, services, data, federation.name, plan.rounds)
+            stages.step(f"{federation.name} is evaluated")
 
-        files = [write_config(plan, services, data, federation) for federation in batch.federations]
-        command = [sys.executable, "-m", "trainer.in_process", *map(str, files), *batch.flags]
-        processes.run("trainer", command, meanwhile=evaluate_finished)
+    files = [write_config(plan, services, data, federation) for federation in batch.federations]
+    command = [sys.executable, "-m", "trainer.in_process", *map(str, files), *batch.flags]
+    processes.run("trainer", command, meanwhile=evaluate_finished)
 
 
 def write_config(plan: DemoPlan, services: Sequence[Service], data: DemoData, federation: Federation) -> Path:

@@ -8,12 +8,10 @@ from typing import Any, NamedTuple
 from scipy.stats import binomtest
 
 from services.common.files import replace_file
+from services.contracts.errors import DataError
 from stack.plan import DemoPlan
 
-MEASURES = {
-    "safe": ("advbench", "safe_rate"),
-    "benign_refused": ("benign_out_of_source", "refusal_rate"),
-}
+MEASURES = {"safe": ("advbench", "safe"), "benign_refused": ("benign_out_of_source", "refusal")}
 COLOURS = {"none": "#d1495b", "screening": "#e0a030", "cai": "#9b6dd6", "all": "#17a398"}
 
 
@@ -53,9 +51,16 @@ def share(count: int, n: int) -> Share:
 
 
 def write_report(out: Path, plans: Sequence[DemoPlan], cells: Sequence[Cell], command: str) -> str:
-    """Collect every seed's results and write the summary, the table and the plot; returns the table."""
-    rows = list(copies_without_screening([collect(plans, cell) for cell in cells]))
-    last = json.loads(evaluation_of(plans[-1], cells[0]).read_text())
+    """Write the summary, the table and the plot on what is finished; returns the table.
+
+    Raises:
+        DataError: nothing is.
+    """
+    finished = {cell: [plan for plan in plans if evaluation_of(plan, cell).exists()] for cell in cells}
+    rows = list(copies_without_screening([collect(found, cell) for cell, found in finished.items() if found]))
+    if not rows:
+        raise DataError(f"{out}: no federation is evaluated yet")
+    last = json.loads(next(out.glob("seed-*/arms/*/eval/*/summary.json")).read_text())
     provenance = {key: last[key] for key in ("git_commit", "uncommitted_changes", "python", "libraries", "hardware")}
     summary = {
         "schema_version": 1, "command": command, **provenance, "seeds": [plan.seed for plan in plans],
@@ -75,11 +80,11 @@ def evaluation_of(plan: DemoPlan, cell: Cell) -> Path:
 
 
 def collect(plans: Sequence[DemoPlan], cell: Cell) -> dict[str, Any]:
-    """One condition over all seeds: the evaluations and what the screening decided."""
-    row: dict[str, Any] = {**cell._asdict(), "copy_of": None}
+    """One condition over the given seeds: the evaluations and what the screening decided."""
+    row: dict[str, Any] = {**cell._asdict(), "copy_of": None, "seeds": [plan.seed for plan in plans]}
     evaluations = [json.loads(evaluation_of(plan, cell).read_text()) for plan in plans]
     for name, (prompts, measure) in MEASURES.items():
-        found = [evaluation["sets"][prompts][measure] for evaluation in evaluations]
+        found = [evaluation["sets"][prompts]["rates"][measure] for evaluation in evaluations]
         row[name] = share(sum(rate["count"] for rate in found), sum(rate["n"] for rate in found))._asdict()
         row[f"{name}_by_seed"] = [rate["rate"] for rate in found]
     lines = [line for plan in plans for line in screened(plan, cell)] if cell.screens else []

@@ -70,8 +70,8 @@ def finish(plan: DemoPlan, cell: Cell, safe: int, screening: list[dict[str, Any]
     """Leave a federation's folder as it is after its evaluation."""
     evaluation = plan.arm_dir(cell.folder) / "eval" / f"round-{ROUNDS}"
     evaluation.mkdir(parents=True)
-    rates = {"advbench": {"safe_rate": {"count": safe, "n": 10, "rate": safe / 10}},
-             "benign_out_of_source": {"refusal_rate": {"count": 1, "n": 10, "rate": 0.1}}}  # fmt: skip
+    rates = {"advbench": {"rates": {"safe": {"count": safe, "n": 10, "rate": safe / 10}}},
+             "benign_out_of_source": {"rates": {"refusal": {"count": 1, "n": 10, "rate": 0.1}}}}  # fmt: skip
     provenance = {"git_commit": "c", "uncommitted_changes": False, "python": "3", "libraries": {}, "hardware": {}}
     (evaluation / "summary.json").write_text(json.dumps({"sets": rates, **provenance}))
     rounds = "".join(json.dumps({"screening": screening}) + "\n" for _ in range(ROUNDS))
