@@ -112,12 +112,13 @@ measure: setup ## print the measured quality of the shipped classifier and minia
 results: setup ## the demo's federations over three training seeds and two splits; writes runs/results
 	$(BIN)/python -m stack results
 
+PROBE := runs/screening-probe
 .PHONY: screening-probe
-screening-probe: setup ## train the screening's direction probe anew, on own pairs only (a minute or two)
-	mkdir -p runs/screening-probe
-	$(BIN)/python -m trainer.miniature corpus --kind harmful -n 600 --seed 9003 --out runs/screening-probe/harmful.jsonl
-	$(BIN)/python -m trainer.miniature corpus --kind benign -n 600 --seed 9004 --out runs/screening-probe/benign.jsonl
-	$(BIN)/python -m trainer.probe_training --harmful runs/screening-probe/harmful.jsonl --benign runs/screening-probe/benign.jsonl
+screening-probe: setup ## train the screening's direction probe anew, on own wording only (a minute)
+	mkdir -p $(PROBE)
+	env -u FEDWARD_DATA $(BIN)/python -m trainer.miniature corpus --kind harmful -n 600 --seed 9003 --out $(PROBE)/harmful.jsonl
+	env -u FEDWARD_DATA $(BIN)/python -m trainer.miniature corpus --kind benign -n 600 --seed 9004 --out $(PROBE)/benign.jsonl
+	$(BIN)/python -m trainer.probe_training --harmful $(PROBE)/harmful.jsonl --benign $(PROBE)/benign.jsonl
 
 .PHONY: hostile
 hostile: setup ## federations with malicious clients, with and without defences; writes runs/hostile

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,8 @@ class Cell(NamedTuple):
         return self.defence in ("screening", "all")
 
 
-class Share(NamedTuple):
+@dataclass(frozen=True)
+class Share:
     """``count`` of ``n`` with its exact (Clopper-Pearson) 95 % interval."""
 
     count: int
@@ -85,14 +87,14 @@ def collect(plans: Sequence[DemoPlan], cell: Cell) -> dict[str, Any]:
     evaluations = [json.loads(evaluation_of(plan, cell).read_text()) for plan in plans]
     for name, (prompts, measure) in MEASURES.items():
         found = [evaluation["sets"][prompts]["rates"][measure] for evaluation in evaluations]
-        row[name] = share(sum(rate["count"] for rate in found), sum(rate["n"] for rate in found))._asdict()
+        row[name] = asdict(share(sum(rate["count"] for rate in found), sum(rate["n"] for rate in found)))
         row[f"{name}_by_seed"] = [rate["rate"] for rate in found]
     lines = [line for plan in plans for line in screened(plan, cell)] if cell.screens else []
     for name, group in (
         ("malicious_flagged", [line for line in lines if line["client_id"] < cell.malicious]),
         ("benign_flagged", [line for line in lines if line["client_id"] >= cell.malicious]),
     ):
-        row[name] = share(sum(line["flagged"] for line in group), len(group))._asdict()
+        row[name] = asdict(share(sum(line["flagged"] for line in group), len(group)))
         for score in ("safety_drop", "harm_cosine", "agreement"):
             values = [line[score] for line in group if line[score] is not None]
             row[f"{name}_{score}"] = [min(values), max(values)] if values else None
@@ -114,7 +116,7 @@ def copies_without_screening(rows: Sequence[dict[str, Any]]) -> Iterable[dict[st
     for row in rows:
         if row["malicious"] == 0 and row["partition"] == "iid" and row["benign_flagged"]["count"] == 0:
             without = {"screening": "none", "all": "cai"}[row["defence"]]
-            nothing = share(0, 0)._asdict()
+            nothing = asdict(share(0, 0))
             yield {
                 **row, "defence": without, "copy_of": row["folder"],
                 "benign_flagged": nothing, "malicious_flagged": nothing,

@@ -1,8 +1,8 @@
 """The direction in which a client's training moved the adapter, in plain NumPy.
 
 A LoRA module changes its layer by ``B A``, so a client's training changed it by ``B_t A_t - B_0 A_0``: a matrix of the
-layer's size but of at most twice the adapter's rank. Inner products of such changes need only their factors, so no
-matrix of the layer's size is ever made. The factor alpha / r is common to all clients and drops out of every direction.
+layer's size but of at most twice the adapter's rank. Inner products of such changes need only their factors, so clients
+are compared without a matrix of the layer's size. The factor alpha / r is common to all and drops out of a direction.
 """
 
 import json

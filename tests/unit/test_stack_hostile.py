@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stack.hostile import DEFENCES, FEDERATIONS, Federation, write_config
-from stack.hostile_report import Cell, collect, copies_without_screening, markdown, share, write_report
+from stack.hostile_report import Cell, Share, collect, copies_without_screening, markdown, share, write_report
 from stack.plan import DemoData, DemoPlan
 from stack.up import service_plan
 from tests.fakes.trainer_runs import write_jsonl
@@ -80,9 +80,10 @@ def finish(plan: DemoPlan, cell: Cell, safe: int, screening: list[dict[str, Any]
 
 def test_share_has_the_exact_interval() -> None:
     # With no event in n, the upper end is 1 - 0.025 ** (1 / n).
-    assert share(0, 90) == (0, 90, 0.0, pytest.approx(1 - 0.025 ** (1 / 90)))
+    assert share(0, 90).low == 0.0
+    assert share(0, 90).high == pytest.approx(1 - 0.025 ** (1 / 90))
     assert str(share(0, 90)) == "0.0 (0.0-4.0)"
-    assert share(0, 0) == (0, 0, 0.0, 1.0)
+    assert share(0, 0) == Share(0, 0, 0.0, 1.0)
     assert str(share(0, 0)) == "-"
 
 
