@@ -58,11 +58,13 @@ def write_report(out: Path, plans: Sequence[DemoPlan], cells: Sequence[Cell], co
     Raises:
         DataError: nothing is.
     """
-    finished = {cell: [plan for plan in plans if evaluation_of(plan, cell).exists()] for cell in cells}
-    rows = list(copies_without_screening([collect(found, cell) for cell, found in finished.items() if found]))
-    if not rows:
+    by_cell = {cell: [plan for plan in plans if evaluation_of(plan, cell).exists()] for cell in cells}
+    finished = [(cell, done) for cell, done in by_cell.items() if done]
+    if not finished:
         raise DataError(f"{out}: no federation is evaluated yet")
-    last = json.loads(next(out.glob("seed-*/arms/*/eval/*/summary.json")).read_text())
+    rows = list(copies_without_screening([collect(done, cell) for cell, done in finished]))
+    first_cell, its_plans = finished[0]
+    last = json.loads(evaluation_of(its_plans[-1], first_cell).read_text())
     provenance = {key: last[key] for key in ("git_commit", "uncommitted_changes", "python", "libraries", "hardware")}
     summary = {
         "schema_version": 1, "command": command, **provenance, "seeds": [plan.seed for plan in plans],
