@@ -32,13 +32,8 @@ DEFENCES: dict[str, dict[str, str | int | float]] = {
     "cai": {"arm": "cai", "screening": "off"},
     "all": {"arm": "cai", "screening": "drop"},
 }
-# Few small batches at twice the usual rate: three rounds of them do the harm of the demo's at a third of the time. The
-# alignment's steps are fewer and longer likewise. How far an honest adapter strays grows with the rate, and so has
-# max-safety-drop to; it was set on other seeds (docs/hostile-clients.md).
-SIZES: dict[str, str | int | float] = {
-    "batch-size": 8, "learning-rate": 4e-3, "max-safety-drop": 1.4,
-    "cai-prompts": 16, "cai-benign-prompts": 0, "cai-answer-tokens": 24, "cai-steps": 15, "cai-learning-rate": 1.5e-3,
-}  # fmt: skip
+# Small batches: it is the number of steps that moves an adapter, and these take a third of the demo's time.
+SIZES: dict[str, str | int | float] = {"batch-size": 8, "cai-steps": 15, "cai-prompts": 32}
 BOOST = 5.0
 
 
