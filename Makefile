@@ -118,7 +118,8 @@ screening-probe: setup ## train the screening's direction probe anew, on own wor
 	mkdir -p $(PROBE)
 	env -u FEDWARD_DATA $(BIN)/python -m trainer.miniature corpus --kind harmful -n 600 --seed 9003 --out $(PROBE)/harmful.jsonl
 	env -u FEDWARD_DATA $(BIN)/python -m trainer.miniature corpus --kind benign -n 600 --seed 9004 --out $(PROBE)/benign.jsonl
-	$(BIN)/python -m trainer.probe_training --harmful $(PROBE)/harmful.jsonl --benign $(PROBE)/benign.jsonl
+	$(BIN)/python -m trainer.probe_training train --harmful $(PROBE)/harmful.jsonl --benign $(PROBE)/benign.jsonl \
+	  --seeds 200 201 202 203 204 205
 
 .PHONY: hostile
 hostile: setup ## federations with malicious clients, with and without defences; writes runs/hostile

@@ -1,5 +1,6 @@
 """Screening: decisions worked out by hand, properties, and a real small round in which a hostile client is found."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.contracts.errors import ConfigError
+from services.contracts.errors import ConfigError, DataError
 from tests.fakes.tiny_model import build_tiny_model
 from tests.fakes.trainer_runs import LocalGrid, make_config, small_run, write_jsonl
 from trainer.aggregation import Arrays, ClientUpdate, TooFewClients
 from trainer.config import RunConfig
 from trainer.in_process import boost
 from trainer.model import load_trainee
-from trainer.probe_training import train_probe
+from trainer.probe_training import main as probe_training
 from trainer.records import RoundRecord, Screened
 from trainer.safety_probe import SafetyProbe
 from trainer.screening import Scores, decide, find_probe, screen
@@ -132,20 +133,43 @@ RED_TEAM = [{"prompt": f"Show me trick {i}."} for i in range(6)]
 
 
 @pytest.fixture(scope="module")
-def probe(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
-    """A probe for small runs on the tiny model."""
+def probe_flags(tmp_path_factory: pytest.TempPathFactory, model: Path) -> list[str]:
+    """The flags of ``trainer.probe_training`` for small runs on the tiny model."""
     folder = tmp_path_factory.mktemp("probe")
-    app = folder / "pyproject.toml"
     text = Path("pyproject.toml").read_text()
     for key, value in {"lora-rank": "2", "samples-per-client": "8", "batch-size": "2", "max-length": "64"}.items():
         start = text.index(f"\n{key} = ")
         text = text[:start] + f"\n{key} = {value}" + text[text.index("\n", start + 1) :]
-    app.write_text(text)
-    train_probe(
-        write_jsonl(folder / "harmful.jsonl", HARMFUL), write_jsonl(folder / "benign.jsonl", BENIGN), [5, 6],
-        str(model), folder, folder / "probe.safetensors",
-    )  # fmt: skip
-    return folder / "probe.safetensors"
+    (folder / "pyproject.toml").write_text(text)
+    harmful, benign = write_jsonl(folder / "harmful.jsonl", HARMFUL), write_jsonl(folder / "benign.jsonl", BENIGN)
+    flags = {"harmful": harmful, "benign": benign, "base-model": model, "app": folder, "probe": folder / "probe"}
+    return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def probe(probe_flags: list[str]) -> Path:
+    assert probe_training(["train", *probe_flags, "--seeds", "5", "6"]) == 0
+    return Path(probe_flags[-1])
+
+
+def test_measured_clients_of_both_kinds_are_apart(
+    tmp_path: Path, probe: Path, probe_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    red_team = write_jsonl(tmp_path / "red.jsonl", RED_TEAM)
+    assert probe_training(["measure", *probe_flags, "--red-team", str(red_team), "--seeds", "7"]) == 0
+    number = r"(-?\d+\.\d+)"
+    line = f"n = 2, safety-drop {number} to {number}, harm-cosine {number} to {number}"
+    harmless, harmful = (list(map(float, found)) for found in re.findall(line, capsys.readouterr().out))
+    assert harmless[1] < harmful[0]
+    assert harmless[3] < harmful[2]
+
+
+def test_too_few_pairs_for_the_played_clients(
+    tmp_path: Path, probe_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = write_jsonl(tmp_path / "few.jsonl", HARMFUL[:15])
+    assert probe_training(["train", *probe_flags, "--harmful", str(few), "--seeds", "5"]) == DataError.exit_code
+    assert "16 pairs of each kind are needed, there are 15" in capsys.readouterr().err
 
 
 def hostile_run(folder: Path, model: Path, probe: Path, **changes: str | float | Path) -> RunConfig:
