@@ -111,7 +111,7 @@ class RunConfig(BaseModel):
         gt=0, le=1, description="how far an update may point in the direction of harmful training"
     )
     max_weight_ratio: float = Field(
-        ge=1, description="a client's weight in the average, at most so many times the median client's"
+        ge=1, description="where screening acts: a client's weight, at most so many times the median client's"
     )
 
     inference_url: OptionalText = Field(description="the coordinator's inference service")

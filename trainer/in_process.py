@@ -1,7 +1,7 @@
 """Run federations in this one process, for experiments: ``python -m trainer.in_process a.toml b.toml``.
 
 It is the real round loop with real clients, one after the other, without Flower's processes: their start takes longer
-than a round of the miniature. The numbers are those of ``python -m trainer run``. Clients may be told to attack.
+than a round of the miniature. The adapters are those of ``python -m trainer run``. Clients may be told to attack.
 """
 
 import argparse
@@ -55,6 +55,7 @@ class InProcessGrid(Grid):
         be_the_coordinator()
         self._changes = changes or {}
         self._changed = changed
+        self._replies: dict[str, Message] = {}
         values = {
             key: "" if value is None else value for key, value in config.model_dump(mode="json", by_alias=True).items()
         }
@@ -67,19 +68,29 @@ class InProcessGrid(Grid):
         """Every client's node."""
         return list(self.contexts)
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Have each client answer in turn."""
-        replies = []
+        ids = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = uuid.uuid4().hex  # as Flower's grids do
+            ids.append(message.metadata.message_id)
             node = message.metadata.dst_node_id
             reply: Message | None = client_app(message, self.contexts[node])
             change = self._changes.get(node - NODE_OFFSET)
             if reply is not None and change and message.metadata.message_type == self._changed:
                 reply = change(message, reply)
             if reply is not None:
-                replies.append(reply)
-        return list(reversed(replies))  # replies come in any order
+                self._replies[message.metadata.message_id] = reply
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies that there are, in another order than that of the messages: replies come in any order."""
+        wanted = list(message_ids)[::-1]
+        return [self._replies.pop(message_id) for message_id in wanted if message_id in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Push and pull."""
+        return self.pull_messages(self.push_messages(messages))
 
     def set_run(self, run: Run) -> None:
         """Not part of an in-process run."""
@@ -91,14 +102,6 @@ class InProcessGrid(Grid):
         raise NotImplementedError
 
     def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        """Not part of an in-process run."""
-        raise NotImplementedError
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Not part of an in-process run."""
-        raise NotImplementedError
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Not part of an in-process run."""
         raise NotImplementedError
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, computed_field
 
@@ -13,6 +13,9 @@ from trainer.curation import CurationReport
 # The counts that a client sends with its adapter, by name; the second group only in an arm with the filter.
 TRAINING_COUNTS = ("num-tokens", "loss", "steps", "skipped", "train-seconds")
 CURATION_COUNTS = tuple(f"curation-{name}" for name in CurationReport.model_fields)
+
+
+Decision: TypeAlias = Literal["kept", "down-weighted", "dropped"]
 
 
 class ConstitutionalReport(BaseModel):
@@ -35,19 +38,19 @@ class Screened(BaseModel):
     """The audit line of one client's update in one round: what was found and what was done.
 
     ``tokens`` is the weight that the client claims, ``weight`` the one that its update was averaged with. The scores
-    are those of ``trainer.screening``; None where they were not measured. ``flagged`` stands also where the mode
-    is to report only.
+    are those of ``trainer.screening``: null in the file where they are not finite, ``harm_cosine`` also without a
+    probe. ``flagged`` stands also where the mode is to report only.
     """
 
     client_id: int
-    decision: Literal["kept", "down-weighted", "dropped"]
+    decision: Decision
     flagged: bool
     reason: str
     tokens: int
     weight: int
-    safety_drop: float | None = None
-    harm_cosine: float | None = None
-    agreement: float | None = None
+    safety_drop: float | None
+    harm_cosine: float | None
+    agreement: float | None
 
 
 class RoundRecord(BaseModel):

@@ -6,9 +6,9 @@ layer points where harmful training points (a linear probe, ``directions``), and
 clients. An update over one of the first two thresholds is flagged, and the mode says what follows. The thresholds are
 absolute, so the decision on a client depends on no other client, and holds when most of them are malicious.
 
-Apart from that, a client's weight is capped: with data of its own it can claim as many tokens as it likes.
+The modes that act also cap a client's weight: with data of its own it can claim as many tokens as it likes.
 
-Screening sees single updates. Secure aggregation, whose point is that nobody does, excludes it.
+Screening sees single updates, all of a round at once. Secure aggregation, whose point is that nobody does, excludes it.
 """
 
 import functools
@@ -26,12 +26,13 @@ from trainer.aggregation import Arrays, ClientUpdate
 from trainer.config import RunConfig
 from trainer.directions import DirectionProbe, agreement, layer_change, read_probe
 from trainer.model import Trainee
-from trainer.records import Screened
+from trainer.records import Decision, Screened
 from trainer.safety_probe import SafetyProbe
 from trainer.shards import Prompt, read_jsonl
 
 log = logging.getLogger("flwr")
 DOWN_WEIGHT = 0.1  # what is left of a flagged client's weight in mode down-weight
+NO_FAULT = "screening: no fault found"
 SHIPPED_PROBE = "screening/probe.safetensors"
 read_probe_once = functools.lru_cache(maxsize=1)(read_probe)
 
@@ -62,7 +63,7 @@ class Screening(NamedTuple):
 def screen(
     trainee: Trainee, sent: Arrays, updates: Sequence[ClientUpdate], config: RunConfig, round_number: int
 ) -> Screening:
-    """Score the updates of a round and weigh them.
+    """Score the updates of a round and weigh them; with ``screening`` off they come back as they are.
 
     Args:
         trainee: the coordinator's model; its adapter is overwritten.
@@ -76,10 +77,12 @@ def screen(
         ConfigError: the probe cannot be read, or no prompt leaves room for an answer.
         AdapterError: the probe was trained on an adapter of other modules.
     """
-    scores = {} if config.screening == "off" else score_updates(trainee, sent, updates, config, round_number)
+    if config.screening == "off":
+        return Screening(list(updates), {}, [])
+    scores = score_updates(trainee, sent, updates, config, round_number)
     lines = decide(updates, scores, config)
     for line in lines:
-        if line.flagged or line.weight != line.tokens:
+        if line.reason != NO_FAULT:
             log.warning("round %d: client %d %s: %s", round_number, line.client_id, line.decision, line.reason)
     kept = [
         replace(update, metrics={**update.metrics, "num-tokens": line.weight})
@@ -133,14 +136,11 @@ def decide(updates: Sequence[ClientUpdate], scores: Mapping[int, Scores], config
 
     Weights are cut to ``max-weight-ratio`` times the median of the clients that are not dropped.
     """
-    reasons = {
-        update.client_id: find_fault(scores[update.client_id], config) if update.client_id in scores else ""
-        for update in updates
-    }
+    faults = {update.client_id: find_fault(scores[update.client_id], config) for update in updates}
     dropping = config.screening == "drop"
-    counted = [update.num_tokens for update in updates if not (dropping and reasons[update.client_id])]
+    counted = [update.num_tokens for update in updates if not (dropping and faults[update.client_id])]
     cap = int(config.max_weight_ratio * statistics.median(counted)) if counted else 0
-    return [_line(update, reasons[update.client_id], cap, scores.get(update.client_id), config) for update in updates]
+    return [_line(update, faults[update.client_id], cap, scores[update.client_id], config) for update in updates]
 
 
 def find_fault(scores: Scores, config: RunConfig) -> str:
@@ -153,21 +153,24 @@ def find_fault(scores: Scores, config: RunConfig) -> str:
     return ", ".join(faults)
 
 
-def _line(update: ClientUpdate, fault: str, cap: int, scores: Scores | None, config: RunConfig) -> Screened:
+def _line(update: ClientUpdate, fault: str, cap: int, scores: Scores, config: RunConfig) -> Screened:
     tokens = update.num_tokens
-    weight = min(tokens, cap)
-    reason = fault or (f"{tokens} tokens are over max-weight-ratio" if weight < tokens else "no fault found")
-    line = Screened(
+    over = "" if tokens <= cap else f"{tokens} tokens are over max-weight-ratio {config.max_weight_ratio:g}"
+    reason = ", ".join(filter(None, (fault, over)))
+    decision: Decision = "kept"
+    weight = tokens
+    if config.screening == "drop" and fault:
+        decision, weight = "dropped", 0
+    elif config.screening != "report" and reason:
+        decision, weight = "down-weighted", min(tokens, cap)
+        if fault:
+            weight = max(1, int(DOWN_WEIGHT * weight))
+    return Screened(
         client_id=update.client_id,
-        decision="down-weighted" if weight < tokens else "kept",
+        decision=decision,
         flagged=bool(fault),
-        reason=f"screening: {reason}",
+        reason=f"screening: {reason}" if reason else NO_FAULT,
         tokens=tokens,
         weight=weight,
-        **(scores._asdict() if scores else {}),
+        **scores._asdict(),
     )
-    if fault and config.screening == "drop":
-        return line.model_copy(update={"decision": "dropped", "weight": 0})
-    if fault and config.screening == "down-weight":
-        return line.model_copy(update={"decision": "down-weighted", "weight": max(1, int(DOWN_WEIGHT * weight))})
-    return line

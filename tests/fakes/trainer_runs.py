@@ -79,8 +79,8 @@ class LocalGrid(InProcessGrid):
         """What a silo was started with, beside its number."""
         self.contexts[NODE_OFFSET + client].node_config.update(values)
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         asked = list(messages)
         if trained := [m.metadata.dst_node_id - NODE_OFFSET for m in asked if m.metadata.message_type == TRAIN]:
             self.rounds.append(trained)
-        return super().send_and_receive(asked, timeout=timeout)
+        return super().push_messages(asked)

@@ -72,10 +72,18 @@ def test_score_that_is_no_number_is_flagged() -> None:
     assert line.decision == "dropped"
 
 
-def test_weight_is_cut_to_three_times_the_median() -> None:
-    lines = decide([update(0, 100), update(1, 120), update(2, 10**9)], {}, config(screening="off"))
-    assert outcome(lines) == [(0, "kept", 100), (1, "kept", 120), (2, "down-weighted", 360)]
-    assert lines[2].reason == "screening: 1000000000 tokens are over max-weight-ratio"
+def all_fine(updates: list[ClientUpdate]) -> dict[int, Scores]:
+    return {update.client_id: FINE for update in updates}
+
+
+@pytest.mark.parametrize(("mode", "weight"), [("report", 10**9), ("down-weight", 360), ("drop", 360)])
+def test_weight_is_cut_to_three_times_the_median(mode: str, weight: int) -> None:
+    updates = [update(0, 100), update(1, 120), update(2, 10**9)]
+    lines = decide(updates, all_fine(updates), config(screening=mode))
+    assert [line.weight for line in lines] == [100, 120, weight]
+    assert [line.decision for line in lines[:2]] == ["kept", "kept"]
+    assert lines[2].reason == "screening: 1000000000 tokens are over max-weight-ratio 3"
+    assert not lines[2].flagged
 
 
 def test_dropped_client_does_not_move_the_median() -> None:
@@ -113,8 +121,8 @@ def test_decision_on_a_client_does_not_depend_on_the_others(found: list[float], 
 @given(tokens=st.lists(st.integers(1, 10**6), min_size=1, max_size=8), factor=st.integers(2, 9))
 def test_cap_does_not_depend_on_what_all_clients_count_in(tokens: list[int], factor: int) -> None:
     def cut(scale: int) -> list[bool]:
-        lines = decide([update(c, scale * t) for c, t in enumerate(tokens)], {}, config(screening="off"))
-        return [line.weight < line.tokens for line in lines]
+        updates = [update(client, scale * count) for client, count in enumerate(tokens)]
+        return [line.weight < line.tokens for line in decide(updates, all_fine(updates), config())]
 
     assert cut(factor) == cut(1)
 
@@ -189,7 +197,7 @@ def only_round(config: RunConfig) -> RoundRecord:
     return RoundRecord.model_validate_json(line)
 
 
-@pytest.mark.parametrize("factor", [1.0, 5.0], ids=["plain", "boosted"])
+@pytest.mark.parametrize("factor", [1.0, 5.0, 1e30], ids=["plain", "boosted", "beyond what the model can take"])
 def test_hostile_client_of_a_real_round_is_found(
     tmp_path: Path, model: Path, probe: Path, factor: float, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -218,7 +226,7 @@ def test_report_changes_nothing(tmp_path: Path, model: Path, probe: Path) -> Non
 
 
 def test_overstated_weight_does_not_take_the_round_over(tmp_path: Path, model: Path, probe: Path) -> None:
-    settings = hostile_run(tmp_path, model, probe, screening="off", harmful_share=0.0)
+    settings = hostile_run(tmp_path, model, probe)
     trainee = load_trainee(settings)
     sent = trainee.starting_adapter
     updates = [ClientUpdate(client, sent, {"num-tokens": tokens}) for client, tokens in enumerate((10, 12, 10**9))]
