@@ -145,7 +145,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _boost(text: str) -> Boost:
     client, _, factor = text.partition("=")
-    return Boost(int(client), float(factor))
+    try:
+        return Boost(int(client), float(factor))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not CLIENT=FACTOR, such as 0=5") from error
 
 
 if __name__ == "__main__":
