@@ -70,7 +70,7 @@ def screen(
         sent: the adapter that the clients were sent.
         updates: what came back and passed the checks.
         config: the run's settings.
-        round_number: the round, which seeds the choice of prompts: a client cannot know them.
+        round_number: the round, which seeds the choice of prompts.
 
     Raises:
         DataError: the red-team prompts cannot be read.
@@ -82,7 +82,7 @@ def screen(
     scores = score_updates(trainee, sent, updates, config, round_number)
     lines = decide(updates, scores, config)
     for line in lines:
-        if line.reason != NO_FAULT:
+        if line.reason != NO_FAULT and line.decision != "dropped":  # who is dropped is named with all that are left out
             log.warning("round %d: client %d %s: %s", round_number, line.client_id, line.decision, line.reason)
     kept = [
         replace(update, metrics={**update.metrics, "num-tokens": line.weight})

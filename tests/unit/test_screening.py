@@ -207,7 +207,7 @@ def test_hostile_client_of_a_real_round_is_found(
     assert record.accepted == [1, 2, 3]
     assert [line.decision for line in record.screening] == ["dropped", "kept", "kept", "kept"]
     assert record.rejected[0].startswith("client 0: screening: ")
-    assert "round 1: client 0 dropped: screening: " in caplog.text
+    assert "round 1: left out: client 0: screening: " in caplog.text
 
 
 def test_too_few_clients_after_screening_end_the_run(tmp_path: Path, model: Path, probe: Path) -> None:
@@ -216,13 +216,16 @@ def test_too_few_clients_after_screening_end_the_run(tmp_path: Path, model: Path
         train_federation(LocalGrid(settings, range(4)), settings)
 
 
-def test_report_changes_nothing(tmp_path: Path, model: Path, probe: Path) -> None:
+def test_report_changes_nothing_but_warns(
+    tmp_path: Path, model: Path, probe: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     hashes = []
     for mode in ("off", "report"):
         settings = hostile_run(tmp_path, model, probe, screening=mode, run_dir=tmp_path / mode)
         train_federation(LocalGrid(settings, range(4)), settings)
         hashes.append(only_round(settings).adapter_sha256)
     assert hashes[0] == hashes[1]
+    assert "round 1: client 0 kept: screening: " in caplog.text
 
 
 def test_overstated_weight_does_not_take_the_round_over(tmp_path: Path, model: Path, probe: Path) -> None:
