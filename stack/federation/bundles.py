@@ -51,18 +51,31 @@ def sign_bundle(bundle: Path, key: Path) -> Path:
     return target
 
 
+def signature_of(bundle: Path) -> Path:
+    """The signature that lies beside a bundle; raises ConfigError when there is none."""
+    signature = bundle.with_name(bundle.name + SIGNATURE_SUFFIX)
+    if not (bundle.is_file() and signature.is_file()):
+        raise ConfigError(
+            f"{bundle} and {signature.name} have to be there; `python -m trainer bundle` and "
+            "`python -m stack.federation sign` make them"
+        )
+    return signature
+
+
 @contextmanager
-def serving_bundle(bundle: Path, signature: Path | None) -> Iterator[str]:
-    """Answer the SuperLink's two questions about a bundle; yields the address for ``FLWR_SUPERGRID_API_URL``."""
-    content = bundle.read_bytes()
-    verifications = [json.loads(signature.read_text())] if signature else None
+def serving_bundle(bundle: Path) -> Iterator[str]:
+    """Answer the SuperLink's two questions about a bundle; yields the address for ``FLWR_SUPERGRID_API_URL``.
+
+    The files are read for each answer, so a bundle can be replaced without a restart.
+    """
 
     class Hub(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # noqa: N802  # the name that http.server looks for
+        def do_POST(self) -> None:
+            verifications = [json.loads(signature_of(bundle).read_text())]
             self._answer(json.dumps({"fab_url": f"{url}/bundle", "verifications": verifications}).encode())
 
-        def do_GET(self) -> None:  # noqa: N802
-            self._answer(content)
+        def do_GET(self) -> None:
+            self._answer(bundle.read_bytes())
 
         def _answer(self, body: bytes) -> None:
             self.send_response(200)

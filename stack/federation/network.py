@@ -86,6 +86,8 @@ def _lay_cables(made: Network) -> None:
     for name in (coordinator, *made.silos):
         _ip("netns", "add", str(name))
         _ip("-n", str(name), "link", "set", "lo", "up")
+    no_forwarding = "echo 0 > /proc/sys/net/ipv4/ip_forward"  # a new namespace takes this machine's setting
+    subprocess.run(inside(coordinator, ["sh", "-c", no_forwarding]), check=True, capture_output=True)
     for number, (silo, address) in enumerate(zip(made.silos, made.addresses, strict=True)):
         cable = f"silo{number}"
         _ip("-n", coordinator, "link", "add", cable, "type", "veth", "peer", "name", "uplink", "netns", str(silo))
