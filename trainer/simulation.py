@@ -95,11 +95,12 @@ class Simulation:
 
     def _stage_app(self) -> None:
         """Copy what goes into the app bundle: Flower would walk through the whole project, with its virtual env."""
-        package = self._home / "app" / "trainer"
-        package.mkdir(parents=True)
-        shutil.copy(self._app / "pyproject.toml", package.parent)
-        for module in (self._app / "trainer").glob("*.py"):
-            shutil.copy(module, package)
+        for folder in ("trainer", "trainer/strategies"):
+            package = self._home / "app" / folder
+            package.mkdir(parents=True)
+            for module in (self._app / folder).glob("*.py"):
+                shutil.copy(module, package)
+        shutil.copy(self._app / "pyproject.toml", self._home / "app")
 
     def _start_guard(self) -> None:
         """Start the process that cleans up if this one is killed: it waits for the pipe between the two to break.

@@ -25,7 +25,7 @@ def test_pyproject_lists_exactly_the_keys_that_exist() -> None:
 def test_pyproject_names_the_two_flower_apps() -> None:
     app = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     assert app["components"] == {"serverapp": "trainer.server_app:app", "clientapp": "trainer.client_app:app"}
-    assert app["fab-include"] == ["trainer/*.py"]
+    assert app["fab-include"] == ["trainer/*.py", "trainer/strategies/*.py"]
 
 
 def test_defaults_with_data_are_valid() -> None:
