@@ -7,14 +7,13 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg
 
 from services.contracts.errors import AdapterError, ConfigError
 from trainer import constitutional
@@ -42,9 +41,12 @@ from trainer.records import (
     training_counts,
 )
 from trainer.run_folder import RunFolder, write_result
+from trainer.strategies import Strategy, make_strategy
 
 log = logging.getLogger("flwr")
 app = ServerApp()
+POLL_SECONDS = 0.5
+PULLED_AT_ONCE = 8  # replies; the others wait at the SuperLink, so that memory does not grow with their number
 GRACE_SECONDS = 10.0  # a message expires this long after its round, so that the round's own time limit ends first
 
 
@@ -63,10 +65,11 @@ def main(grid: Grid, context: Context) -> None:
 
 
 class Replies(NamedTuple):
-    """The answers to one round's messages, sorted into usable updates and reasons why not."""
+    """The answers to one round's messages: usable updates without their arrays, reasons why not, and bytes."""
 
     accepted: list[ClientUpdate]
     rejected: dict[int, str]
+    bytes_up: int
 
 
 def train_federation(grid: Grid, config: RunConfig) -> None:
@@ -77,10 +80,11 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
     """
     folder = RunFolder(config)
     trainee = load_trainee(config)
-    strategy = FedAvg(weighted_by_key="num-tokens")
+    strategy = make_strategy(config)
     provenance = manifest_fields(trainee, config)
     if folder.finished:
         adapter = folder.read_last_adapter(trainee.base_model_sha256)
+        strategy.restore(folder.read_state())
         log.info("resuming %s after round %d", folder.path, folder.finished)
     else:
         adapter = trainee.starting_adapter
@@ -92,14 +96,16 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
         # 1. Local training: every sampled client curates its shard if need be, trains, and sends its adapter.
         clients = roll_call(grid, config, clients)
         sampled = sample_clients(clients, config, round_number)
-        accepted, rejected = send_adapter(grid, adapter, sampled, config, round_number, trainee.base_model_sha256)
+        sent = strategy.begin(adapter, round_number)
+        orders = write_orders(sampled, folder, round_number, trainee.base_model_sha256)
+        accepted, rejected, bytes_up = collect_updates(grid, strategy, sent, orders, sampled, config)
         clock.lap("train")
 
-        # 2. Aggregation of the updates that passed the checks.
+        # 2. Aggregation of the updates that passed the checks; the strategy took each of them as it came.
         for reason in rejected.values():
             log.warning("round %d: left out: %s", round_number, reason)
         require_enough(accepted, rejected, config.min_clients)
-        adapter = aggregate(strategy, accepted, round_number)
+        adapter = strategy.finish()
         clock.lap("aggregate")
 
         # 3. Constitutional alignment of the aggregated adapter, on the coordinator.
@@ -117,12 +123,15 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
         record = RoundRecord(
             round_number=round_number,
             adapter_sha256=manifest.sha256,
+            strategy=config.strategy,
+            strategy_metrics=strategy.metrics,
+            strategy_state_sha256=folder.write_state(round_number, strategy.state()),
             rejected=rejected,
             cai=cai,
             seconds=sum(clock.laps.values()),
             seconds_by_phase=clock.laps,
-            bytes_down=count_bytes(adapter) * len(sampled),
-            bytes_up=sum(count_bytes(update.arrays) for update in accepted),
+            bytes_down=count_bytes(sent) * len(sampled),
+            bytes_up=bytes_up,
             **training_counts(accepted),
             **filters,
             **curation_counts(curation),
@@ -165,7 +174,7 @@ def roll_call(grid: Grid, config: RunConfig, known: Mapping[int, int]) -> dict[i
         time.sleep(1.0)
     clients = {node: client for node, client in known.items() if node in nodes}
     unknown = sorted(nodes - clients.keys())
-    replies = ask(grid, unknown, MessageType.QUERY, RecordDict(), config)
+    replies = dict(ask(grid, dict.fromkeys(unknown, RecordDict()), MessageType.QUERY, config))
     for node in unknown:
         try:
             client_id = read_client_number(node, replies.get(node))
@@ -184,23 +193,34 @@ def roll_call(grid: Grid, config: RunConfig, known: Mapping[int, int]) -> dict[i
 
 
 def ask(
-    grid: Grid, nodes: Iterable[int], message_type: str, content: RecordDict, config: RunConfig
-) -> dict[int, Message]:
-    """Send the same message to each node, and wait for the replies; a node that gave none is not in the result.
+    grid: Grid, contents: Mapping[int, RecordDict], message_type: str, config: RunConfig
+) -> Iterator[tuple[int, Message | None]]:
+    """Send each node its message; yields each node with its reply as it comes, at last those that gave none in time.
 
     Replies are told apart by the message that they reply to: an error reply that the SuperLink makes for a node that
     is gone has no node of its own.
     """
-    timeout = config.round_timeout_seconds
+    lifetime = config.round_timeout_seconds + GRACE_SECONDS
     messages = [
-        Message(content, dst_node_id=node, message_type=message_type, ttl=timeout + GRACE_SECONDS) for node in nodes
+        Message(content, dst_node_id=node, message_type=message_type, ttl=lifetime)
+        for node, content in contents.items()
     ]
-    replies = {reply.metadata.reply_to_message_id: reply for reply in grid.send_and_receive(messages, timeout=timeout)}
-    return {
-        message.metadata.dst_node_id: replies[message.metadata.message_id]
-        for message in messages
-        if message.metadata.message_id in replies
-    }
+    grid.push_messages(messages)
+    waiting = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+    del messages
+    deadline = time.monotonic() + config.round_timeout_seconds
+    in_time = True
+    while waiting and in_time:
+        in_time = time.monotonic() < deadline  # the last look comes after the deadline
+        ids, came = list(waiting), False
+        for start in range(0, len(ids), PULLED_AT_ONCE):
+            for reply in grid.pull_messages(ids[start : start + PULLED_AT_ONCE]):
+                yield waiting.pop(reply.metadata.reply_to_message_id), reply
+                came = True
+        if waiting and in_time and not came:
+            time.sleep(POLL_SECONDS)
+    for node in waiting.values():
+        yield node, None
 
 
 def read_client_number(node: int, reply: Message | None) -> int:
@@ -219,29 +239,49 @@ def sample_clients(clients: Mapping[int, int], config: RunConfig, round_number: 
     return {node_of[client]: client for client in sorted(chosen)}
 
 
-def send_adapter(
+def write_orders(
+    sampled: Mapping[int, int], folder: RunFolder, round_number: int, base_model_sha256: str
+) -> dict[int, ConfigRecord]:
+    """What is asked of each client, by node; ``last-counted`` is its last round with an accepted update, or 0."""
+    return {
+        node: ConfigRecord({
+            "round": round_number,
+            "base-model-sha256": base_model_sha256,
+            "last-counted": folder.last_counted(client),
+        })
+        for node, client in sampled.items()
+    }  # fmt: skip
+
+
+def collect_updates(
     grid: Grid,
-    adapter: Arrays,
+    strategy: Strategy,
+    sent: Arrays,
+    orders: Mapping[int, ConfigRecord],
     sampled: Mapping[int, int],
     config: RunConfig,
-    round_number: int,
-    base_model_sha256: str,
 ) -> Replies:
-    """Send the adapter to the sampled clients and check what comes back. A bad reply costs its client the round."""
-    arrays = ArrayRecord({name: Array(array) for name, array in adapter.items()})
-    order = ConfigRecord({"round": round_number, "base-model-sha256": base_model_sha256})
-    replies = ask(grid, sampled, MessageType.TRAIN, RecordDict({"arrays": arrays, "config": order}), config)
+    """Send the arrays to the sampled clients, and check each update that comes back and hand it to the strategy.
+
+    A bad reply costs its client the round.
+    """
+    arrays = ArrayRecord({name: Array(array) for name, array in sent.items()})
+    contents = {node: RecordDict({"arrays": arrays, "config": order}) for node, order in orders.items()}
     expected = TRAINING_COUNTS + (CURATION_COUNTS if config.arm.filters else ())
-    accepted, rejected = [], {}
-    for node, client_id in sampled.items():  # by client number, because the sum of floats depends on the order
+    accepted, rejected, bytes_up = [], {}, 0
+    for node, reply in ask(grid, contents, MessageType.TRAIN, config):
         try:
-            update = unpack(client_id, replies.get(node))
-            check_update(update, adapter, expected, config.max_tokens_per_client)
+            update = unpack(sampled[node], reply)
+            reference = strategy.reply_reference(update.arrays)
+            check_update(update, reference, expected, config.max_tokens_per_client, config.max_update_norm)
+            strategy.add(update)
         except AdapterError as error:
-            rejected[client_id] = error.message
+            rejected[sampled[node]] = error.message
             continue
-        accepted.append(update)
-    return Replies(accepted, rejected)
+        accepted.append(update.counts_only())
+        bytes_up += count_bytes(update.arrays)
+    accepted.sort(key=lambda update: update.client_id)  # the sums of counts must not depend on who came first
+    return Replies(accepted, dict(sorted(rejected.items())), bytes_up)
 
 
 def content_of(who: str, reply: Message | None) -> RecordDict:
@@ -277,20 +317,6 @@ def filter_model_of(content: RecordDict) -> tuple[str, str] | None:
     """Id and sha256 of the classifier that a client curated with."""
     record = content.config_records.get("filter")
     return None if record is None else (str(record.get("model-id"))[:200], str(record.get("model-sha256"))[:64])
-
-
-def aggregate(strategy: FedAvg, accepted: list[ClientUpdate], round_number: int) -> Arrays:
-    """Average adapters by Flower's strategy. LoRA's A and B matrices are averaged apart, as FedAvg does."""
-    replies = []
-    for update in accepted:
-        arrays = ArrayRecord({name: Array(array) for name, array in update.arrays.items()})
-        weight = MetricRecord({strategy.weighted_by_key: update.num_tokens})
-        content = RecordDict({"arrays": arrays, "metrics": weight})
-        replies.append(Message(content, dst_node_id=update.client_id, message_type=MessageType.TRAIN))
-    averaged, _ = strategy.aggregate_train(round_number, replies)
-    if averaged is None:
-        raise ConfigError("the strategy returned no adapter")
-    return {name: array.numpy() for name, array in averaged.items()}
 
 
 def report_progress(record: RoundRecord, config: RunConfig, sampled: int) -> None:
