@@ -10,6 +10,8 @@ Two studies of safety poisoning (arXiv 2406.10630, 2411.19335) find that such ru
 as one layer.
 """
 
+import gc
+
 from flwr.serverapp.strategy import Bulyan, FedAvg, FedMedian, FedTrimmedAvg, Krum, MultiKrum
 
 from trainer.aggregation import Arrays, ClientUpdate
@@ -27,7 +29,11 @@ class Robust(CollectingStrategy):
     def combine(self, updates: list[ClientUpdate]) -> Arrays:
         """Flower's aggregate."""
         flower = self._flower(len(updates))
-        return aggregate(flower, self.round_number, [(update.arrays, update.num_tokens) for update in updates])
+        gc.freeze()  # Flower's Bulyan collects garbage after each array: 0.1 s every time, beside a loaded model
+        try:
+            return aggregate(flower, self.round_number, [(update.arrays, update.num_tokens) for update in updates])
+        finally:
+            gc.unfreeze()
 
     def _flower(self, count: int) -> FedAvg:
         hostile = self._malicious
