@@ -203,7 +203,7 @@ class ReadyGrid(LocalGrid):
 
 def test_memory_of_a_round_does_not_grow_with_the_number_of_clients(tmp_path: Path, model: Path) -> None:
     config = run_of(tmp_path, model, "fedavg")
-    sent = {"m" + A_SUFFIX: np.zeros((16, 1000), np.float32), "m" + B_SUFFIX: np.zeros((1000, 16), np.float32)}
+    sent = {"m" + A_SUFFIX: np.zeros((16, 8000), np.float32), "m" + B_SUFFIX: np.zeros((8000, 16), np.float32)}
     size = sum(array.nbytes for array in sent.values())
     peaks = []
     for count in (16, 96):
