@@ -203,10 +203,10 @@ class ReadyGrid(LocalGrid):
 
 def test_memory_of_a_round_does_not_grow_with_the_number_of_clients(tmp_path: Path, model: Path) -> None:
     config = run_of(tmp_path, model, "fedavg")
-    sent = {"m" + A_SUFFIX: np.zeros((16, 8000), np.float32), "m" + B_SUFFIX: np.zeros((8000, 16), np.float32)}
+    sent = {"m" + A_SUFFIX: np.zeros((16, 4000), np.float32), "m" + B_SUFFIX: np.zeros((4000, 16), np.float32)}
     size = sum(array.nbytes for array in sent.values())
     peaks = []
-    for count in (16, 96):
+    for count in (100, 300):
         grid = ReadyGrid(config, [])
         strategy = make_strategy(config)
         strategy.begin(sent, 1)
@@ -218,4 +218,4 @@ def test_memory_of_a_round_does_not_grow_with_the_number_of_clients(tmp_path: Pa
         assert ([update.client_id for update in accepted], rejected) == (list(range(count)), {})
         assert bytes_up == count * size
         assert all(update.arrays == {} for update in accepted)
-    assert peaks[1] < peaks[0] + 4 * size  # 80 more clients, whose adapters would be 80 * size
+    assert peaks[1] - peaks[0] < 0.1 * 200 * size  # of 200 more clients; what is there is envelopes
