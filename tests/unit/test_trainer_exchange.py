@@ -84,7 +84,8 @@ def config(tmp_path: Path) -> RunConfig:
 
 
 def ask(grid: ScriptedGrid, config: RunConfig) -> dict[int, Message]:
-    return Fleet(grid, config).ask(list(grid.script), MessageType.TRAIN, RecordDict())
+    replies = Fleet(grid, config).ask(dict.fromkeys(grid.script, RecordDict()), MessageType.TRAIN)
+    return {node: reply for node, reply in replies if reply is not None}
 
 
 @pytest.mark.parametrize("code", sorted(exchange.LOST))
@@ -135,7 +136,8 @@ def test_straggler_ends_with_the_round_and_its_late_reply_is_counted_once(config
     grid = ScriptedGrid({0: [SILENCE], 1: [ANSWER]})
     fleet = Fleet(grid, hasty)
     fleet.clients = {0: 0, 1: 1}
-    assert list(fleet.ask([0, 1], MessageType.TRAIN, RecordDict())) == [1]
+    replies = list(fleet.ask({0: RecordDict(), 1: RecordDict()}, MessageType.TRAIN))
+    assert [(node, reply is None) for node, reply in replies] == [(1, False), (0, True)]
     assert fleet.count_late() == []
     (message_id,) = fleet.late
     grid.replies[message_id] = reply_to(message_id)
