@@ -58,6 +58,10 @@ up: setup ## start the services and the gateway (port 8080) and leave them runni
 down: setup ## stop what `make up` started
 	$(BIN)/python -m stack down
 
+.PHONY: federation
+federation: setup ## a coordinator and three silos as separate nodes with TLS; writes runs/federation (needs haproxy)
+	$(BIN)/python -m stack.federation demo
+
 .PHONY: test
 test: setup ## every test that runs in minutes
 	$(BIN)/python -m pytest -m "not long"
@@ -101,6 +105,10 @@ bench-gateway: setup ## the gateway beside LiteLLM, Portkey and plain FastAPI; w
 soak: setup ## ten minutes of streams, then 1,000 at once: do memory and files grow? writes runs/bench/soak.json, streams.json
 	$(BIN)/python -m gateway.bench.soak
 	$(BIN)/python -m gateway.bench.soak --streams 1000 --words 30 --word-ms 2000 --minutes 4 --out runs/bench/streams.json
+
+.PHONY: bench-trainer
+bench-trainer: setup ## what aggregation costs for 10 to 10,000 clients, beside Flower's; writes runs/bench/trainer.json
+	$(BIN)/python -m trainer.bench.aggregation
 
 .PHONY: measure
 measure: setup ## print the measured quality of the shipped classifier and miniature

@@ -28,6 +28,8 @@ from stack.up import service_plan
 
 DEFENCES: dict[str, dict[str, str | int | float]] = {
     "none": {"arm": "none", "screening": "off"},
+    "median": {"arm": "none", "screening": "off", "strategy": "median"},
+    "multikrum": {"arm": "none", "screening": "off", "strategy": "multikrum"},
     "screening": {"arm": "none", "screening": "drop"},
     "cai": {"arm": "cai", "screening": "off"},
     "all": {"arm": "cai", "screening": "drop"},
@@ -35,6 +37,8 @@ DEFENCES: dict[str, dict[str, str | int | float]] = {
 # Small batches: it is the number of steps that moves an adapter, and these take a third of the demo's time.
 SIZES: dict[str, str | int | float] = {"batch-size": 8, "cai-steps": 15, "cai-prompts": 32}
 BOOST = 5.0
+# The most hostile clients among ten that a robust rule has a guarantee for.
+WITHSTANDS = {"median": 4, "multikrum": 3}
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Batch(NamedTuple):
 
 
 BATCHES = (
-    Batch([f for f in FEDERATIONS if f.defence in ("none", "screening") and f.attack != "boosted"], []),
+    Batch([f for f in FEDERATIONS if f.defence not in ("cai", "all") and f.attack != "boosted"], []),
     Batch([f for f in FEDERATIONS if f.attack == "boosted"], ["--boost", f"0={BOOST:g}", f"1={BOOST:g}"]),
     Batch([f for f in FEDERATIONS if f.defence in ("cai", "all")], []),  # the slow ones come last
 )
@@ -142,6 +146,8 @@ def write_config(plan: DemoPlan, services: Sequence[Service], data: DemoData, fe
     """Write one federation's run-config file."""
     changes = DEFENCES[federation.defence] | SIZES
     changes |= {"placement": "concentrated", "partition": federation.partition, "min-clients": plan.clients // 2}
+    if most := WITHSTANDS.get(federation.defence):
+        changes |= {"malicious-clients": min(most, federation.malicious), "min-clients": plan.clients}
     if federation.attack == "mixed":
         changes |= {"shard-data": write_mixed_shards(plan, data, federation.malicious)}
         changes |= {"benign-data": "", "harmful-data": "", "harmful-share": 0.0}

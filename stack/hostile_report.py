@@ -13,7 +13,10 @@ from services.contracts.errors import DataError
 from stack.plan import DemoPlan
 
 MEASURES = {"safe": ("advbench", "safe"), "benign_refused": ("benign_out_of_source", "refusal")}
-COLOURS = {"none": "#d1495b", "screening": "#e0a030", "cai": "#9b6dd6", "all": "#17a398"}
+COLOURS = {
+    "none": "#d1495b", "median": "#5aa9e6", "multikrum": "#8b93a3",
+    "screening": "#e0a030", "cai": "#9b6dd6", "all": "#17a398",
+}  # fmt: skip
 
 
 class Cell(NamedTuple):
@@ -157,7 +160,7 @@ def draw(rows: Sequence[dict[str, Any]], clients: int, path: Path) -> None:
             [mean - 100 * rate.low for mean, rate in zip(means, found, strict=True)],
             [100 * rate.high - mean for mean, rate in zip(means, found, strict=True)],
         ]
-        where = [row["malicious"] + 0.06 * (place - 1.5) for row in points]
+        where = [row["malicious"] + 0.05 * (place - 2.5) for row in points]
         axes.errorbar(where, means, yerr=errors, color=colour, marker="o", capsize=3, label=defence)
     axes.set_xticks([0, 2, 5], [f"{clients - number}:{number}" for number in (0, 2, 5)])
     axes.set_xlabel("benign : malicious clients")

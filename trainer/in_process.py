@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flwr.app import Array, ArrayRecord, Context, Message, MessageType, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -67,6 +68,10 @@ class InProcessGrid(Grid):
     def get_node_ids(self) -> Iterable[int]:
         """Every client's node."""
         return list(self.contexts)
+
+    def get_nodes(self) -> list[NodeInfo]:
+        """Every client's node; none has a key, and so none has a name."""
+        return [NodeInfo(node_id=node) for node in self.contexts]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Have each client answer in turn."""

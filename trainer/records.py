@@ -56,17 +56,25 @@ class Screened(BaseModel):
 class RoundRecord(BaseModel):
     """One finished round: a line of ``rounds.jsonl``. Clients are named by their number.
 
+    ``late`` are clients whose reply to an earlier round came after that round had ended.
+
     The bytes are the sizes of the adapters' arrays, without Flower's envelope: to the sampled clients and from the
-    accepted ones.
+    accepted ones. ``strategy_metrics`` are the strategy's own figures, such as ``truncation-error``; the hash is of
+    what it keeps for the next round.
     """
 
     round_number: int
     adapter_sha256: str
+    strategy: str = "fedavg"
+    strategy_metrics: dict[str, float] = {}
+    strategy_state_sha256: str | None = None
     accepted: list[int]
     rejected: dict[int, str]
+    late: list[int] = []
     loss: float
     client_losses: dict[int, float]
     client_tokens: dict[int, int]
+    client_seconds: dict[int, float] = {}
     client_curation: dict[int, CurationReport] = {}
     curation: CurationReport | None = None
     curation_precision: float | None = None
@@ -119,6 +127,7 @@ def training_counts(accepted: Sequence[ClientUpdate]) -> dict[str, Any]:
         "loss": mean_by_tokens(accepted, "loss"),
         "client_losses": {update.client_id: update.metrics["loss"] for update in accepted},
         "client_tokens": {update.client_id: update.num_tokens for update in accepted},
+        "client_seconds": {update.client_id: round(update.metrics["train-seconds"], 3) for update in accepted},
     }
 
 

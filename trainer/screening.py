@@ -25,6 +25,7 @@ from services.contracts.errors import DataError
 from trainer.aggregation import Arrays, ClientUpdate
 from trainer.config import RunConfig
 from trainer.directions import DirectionProbe, agreement, layer_change, read_probe
+from trainer.lora import claimed_rank, pad
 from trainer.model import Trainee
 from trainer.records import Decision, Screened
 from trainer.safety_probe import SafetyProbe
@@ -103,10 +104,12 @@ def score_updates(
     before = safety.margin(sent)
     probe = find_probe(config, trainee)
     layer = probe.layer if probe else 0
-    changes = [layer_change(update.arrays, sent, layer) for update in updates]
+    rank = claimed_rank(sent, sent)
+    adapters = [pad(update.arrays, claimed_rank(update.arrays, sent), to=rank) for update in updates]
+    changes = [layer_change(arrays, sent, layer) for arrays in adapters]
     return {
-        update.client_id: Scores(before - safety.margin(update.arrays), probe.score(change) if probe else None, agrees)
-        for update, change, agrees in zip(updates, changes, agreement(changes), strict=True)
+        update.client_id: Scores(before - safety.margin(arrays), probe.score(change) if probe else None, agrees)
+        for update, arrays, change, agrees in zip(updates, adapters, changes, agreement(changes), strict=True)
     }
 
 

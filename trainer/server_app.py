@@ -6,27 +6,25 @@ Run it with ``flwr run .``, or with ``python -m trainer run`` which also starts 
 import contextlib
 import logging
 import random
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg
 
 from services.contracts.errors import AdapterError, ConfigError
 from trainer import constitutional, screening
 from trainer.aggregation import (
     Arrays,
     ClientUpdate,
-    TooFewClients,
     check_update,
     count_bytes,
     require_enough,
 )
 from trainer.config import RunConfig, parse_run_config
+from trainer.exchange import Fleet, content_of
 from trainer.model import Trainee, adapter_config_json, load_trainee
 from trainer.records import (
     CURATION_COUNTS,
@@ -34,6 +32,7 @@ from trainer.records import (
     Clock,
     RoundRecord,
     RunResult,
+    Screened,
     curation_counts,
     curation_reports,
     data_counts,
@@ -41,32 +40,37 @@ from trainer.records import (
     filter_models,
     training_counts,
 )
-from trainer.run_folder import RunFolder, write_result
+from trainer.run_folder import RunFolder, RunFolderInUse, holding, write_result
+from trainer.strategies import Strategy, make_strategy
 
 log = logging.getLogger("flwr")
 app = ServerApp()
-GRACE_SECONDS = 10.0  # a message expires this long after its round, so that the round's own time limit ends first
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation and leave ``result.json`` in the run folder, whatever happens."""
     config = parse_run_config(context.run_config)
-    try:
-        train_federation(grid, config)
-    except Exception as error:
-        result = failure(error)
-        log.error("run failed: %s", result.error)
-        with contextlib.suppress(ConfigError):  # the folder may be what the run failed at
-            write_result(config.run_dir, result)
-        raise
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(holding(config.run_dir))
+            train_federation(grid, config)
+        except RunFolderInUse:
+            raise  # its result is another process's to write
+        except Exception as error:
+            result = failure(error)
+            log.error("run failed: %s", result.error)
+            with contextlib.suppress(ConfigError):  # the folder may be what the run failed at
+                write_result(config.run_dir, result)
+            raise
 
 
 class Replies(NamedTuple):
-    """The answers to one round's messages, sorted into usable updates and reasons why not."""
+    """The answers to one round's messages: usable updates without their arrays, reasons why not, and bytes."""
 
     accepted: list[ClientUpdate]
     rejected: dict[int, str]
+    bytes_up: int
 
 
 def train_federation(grid: Grid, config: RunConfig) -> None:
@@ -77,31 +81,38 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
     """
     folder = RunFolder(config)
     trainee = load_trainee(config)
-    strategy = FedAvg(weighted_by_key="num-tokens")
+    strategy = make_strategy(config)
     provenance = manifest_fields(trainee, config)
     if folder.finished:
         adapter = folder.read_last_adapter(trainee.base_model_sha256)
+        strategy.restore(folder.read_state())
         log.info("resuming %s after round %d", folder.path, folder.finished)
     else:
         adapter = trainee.starting_adapter
         folder.write_adapter(0, adapter, adapter_config_json(trainee), provenance)
-    clients: dict[int, int] = {}
+    fleet = Fleet(grid, config)
 
     for round_number in range(folder.finished + 1, config.rounds + 1):
         clock = Clock()
         # 1. Local training: every sampled client curates its shard if need be, trains, and sends its adapter.
-        clients = roll_call(grid, config, clients)
-        sampled = sample_clients(clients, config, round_number)
-        accepted, rejected = send_adapter(grid, adapter, sampled, config, round_number, trainee.base_model_sha256)
+        sampled = sample_clients(fleet.roll_call(), config, round_number)
+        sent = strategy.begin(adapter, round_number)
+        orders = write_orders(sampled, folder, round_number, trainee.base_model_sha256)
+        accepted, rejected, bytes_up = collect_updates(fleet, strategy, sent, orders, sampled, config)
         clock.lap("train")
 
-        # 2. Screening of the updates that passed the checks, and aggregation of those that are left.
-        accepted, dropped, screened = screening.screen(trainee, adapter, accepted, config, round_number)
-        rejected |= dropped
+        # 2. Screening of the updates that passed the checks, and aggregation of those that are left. Without screening
+        #    the strategy took each of them as it came.
+        screened: list[Screened] = []
+        if config.screening != "off":
+            accepted, dropped, screened = screening.screen(trainee, sent, accepted, config, round_number)
+            rejected |= dropped
+            for update in accepted:
+                strategy.add(update)
         for reason in rejected.values():
             log.warning("round %d: left out: %s", round_number, reason)
         require_enough(accepted, rejected, config.min_clients)
-        adapter = aggregate(strategy, accepted, round_number)
+        adapter = strategy.finish()
         clock.lap("aggregate")
 
         # 3. Constitutional alignment of the aggregated adapter, on the coordinator.
@@ -119,13 +130,17 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
         record = RoundRecord(
             round_number=round_number,
             adapter_sha256=manifest.sha256,
+            strategy=config.strategy,
+            strategy_metrics=strategy.metrics,
+            strategy_state_sha256=folder.write_state(round_number, strategy.state()),
             rejected=rejected,
             screening=screened,
+            late=fleet.count_late(),
             cai=cai,
             seconds=sum(clock.laps.values()),
             seconds_by_phase=clock.laps,
-            bytes_down=count_bytes(adapter) * len(sampled),
-            bytes_up=sum(count_bytes(update.arrays) for update in accepted),
+            bytes_down=count_bytes(sent) * len(sampled),
+            bytes_up=bytes_up,
             **training_counts(accepted),
             **filters,
             **curation_counts(curation),
@@ -152,68 +167,6 @@ def manifest_fields(trainee: Trainee, config: RunConfig) -> dict[str, Any]:
     }
 
 
-def roll_call(grid: Grid, config: RunConfig, known: Mapping[int, int]) -> dict[int, int]:
-    """Wait for enough nodes, and ask those not yet known which client they are.
-
-    Returns:
-        Client number by Flower node id, of the nodes that are connected now.
-
-    Raises:
-        TooFewClients: ``min-clients`` nodes did not connect within the round's time limit, or did not say who they are.
-    """
-    deadline = time.monotonic() + config.round_timeout_seconds
-    while len(nodes := set(grid.get_node_ids())) < config.min_clients:
-        if time.monotonic() > deadline:
-            raise TooFewClients(f"{len(nodes)} of at least {config.min_clients} clients connected in time")
-        time.sleep(1.0)
-    clients = {node: client for node, client in known.items() if node in nodes}
-    unknown = sorted(nodes - clients.keys())
-    replies = ask(grid, unknown, MessageType.QUERY, RecordDict(), config)
-    for node in unknown:
-        try:
-            client_id = read_client_number(node, replies.get(node))
-        except AdapterError as error:
-            log.warning("left out: %s", error.message)
-            continue
-        if client_id in clients.values():
-            log.warning("node %d says that it is client %d, as another node does: left out", node, client_id)
-            continue
-        clients[node] = client_id
-    if len(clients) < config.min_clients:
-        raise TooFewClients(f"{len(clients)} of at least {config.min_clients} clients said who they are")
-    if len(clients) < config.clients_per_round:
-        log.warning("%d clients are there, clients-per-round is %d", len(clients), config.clients_per_round)
-    return clients
-
-
-def ask(
-    grid: Grid, nodes: Iterable[int], message_type: str, content: RecordDict, config: RunConfig
-) -> dict[int, Message]:
-    """Send the same message to each node, and wait for the replies; a node that gave none is not in the result.
-
-    Replies are told apart by the message that they reply to: an error reply that the SuperLink makes for a node that
-    is gone has no node of its own.
-    """
-    timeout = config.round_timeout_seconds
-    messages = [
-        Message(content, dst_node_id=node, message_type=message_type, ttl=timeout + GRACE_SECONDS) for node in nodes
-    ]
-    replies = {reply.metadata.reply_to_message_id: reply for reply in grid.send_and_receive(messages, timeout=timeout)}
-    return {
-        message.metadata.dst_node_id: replies[message.metadata.message_id]
-        for message in messages
-        if message.metadata.message_id in replies
-    }
-
-
-def read_client_number(node: int, reply: Message | None) -> int:
-    """The number of the client that a node says it is; raises AdapterError when it says nothing of the kind."""
-    try:
-        return int(content_of(f"node {node}", reply).metric_records["client"]["client-id"])  # type: ignore[arg-type]  # a list is refused below
-    except (KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"node {node}: it does not say which client it is ({type(error).__name__})") from error
-
-
 def sample_clients(clients: Mapping[int, int], config: RunConfig, round_number: int) -> dict[int, int]:
     """Choose this round's clients (node id to client number): the same in every run of the same seed."""
     node_of = {client: node for node, client in clients.items()}
@@ -222,38 +175,50 @@ def sample_clients(clients: Mapping[int, int], config: RunConfig, round_number: 
     return {node_of[client]: client for client in sorted(chosen)}
 
 
-def send_adapter(
-    grid: Grid,
-    adapter: Arrays,
+def write_orders(
+    sampled: Mapping[int, int], folder: RunFolder, round_number: int, base_model_sha256: str
+) -> dict[int, ConfigRecord]:
+    """What is asked of each client, by node; ``last-counted`` is its last round with an accepted update, or 0."""
+    return {
+        node: ConfigRecord({
+            "round": round_number,
+            "base-model-sha256": base_model_sha256,
+            "last-counted": folder.last_counted(client),
+        })
+        for node, client in sampled.items()
+    }  # fmt: skip
+
+
+def collect_updates(
+    fleet: Fleet,
+    strategy: Strategy,
+    sent: Arrays,
+    orders: Mapping[int, ConfigRecord],
     sampled: Mapping[int, int],
     config: RunConfig,
-    round_number: int,
-    base_model_sha256: str,
 ) -> Replies:
-    """Send the adapter to the sampled clients and check what comes back. A bad reply costs its client the round."""
-    arrays = ArrayRecord({name: Array(array) for name, array in adapter.items()})
-    order = ConfigRecord({"round": round_number, "base-model-sha256": base_model_sha256})
-    replies = ask(grid, sampled, MessageType.TRAIN, RecordDict({"arrays": arrays, "config": order}), config)
+    """Send the arrays to the sampled clients, and check each update that comes back and hand it to the strategy.
+
+    A bad reply costs its client the round. Updates that are to be screened first are kept whole.
+    """
+    arrays = ArrayRecord({name: Array(array) for name, array in sent.items()})
+    contents = {node: RecordDict({"arrays": arrays, "config": order}) for node, order in orders.items()}
     expected = TRAINING_COUNTS + (CURATION_COUNTS if config.arm.filters else ())
-    accepted, rejected = [], {}
-    for node, client_id in sampled.items():  # by client number, because the sum of floats depends on the order
+    accepted, rejected, bytes_up = [], {}, 0
+    for node, reply in fleet.ask(contents, MessageType.TRAIN):
         try:
-            update = unpack(client_id, replies.get(node))
-            check_update(update, adapter, expected, config.max_tokens_per_client)
+            update = unpack(sampled[node], reply)
+            reference = strategy.reply_reference(update.arrays)
+            check_update(update, reference, expected, config.max_tokens_per_client, config.max_update_norm)
+            if config.screening == "off":
+                strategy.add(update)
         except AdapterError as error:
-            rejected[client_id] = error.message
+            rejected[sampled[node]] = error.message
             continue
-        accepted.append(update)
-    return Replies(accepted, rejected)
-
-
-def content_of(who: str, reply: Message | None) -> RecordDict:
-    """What was replied; raises AdapterError when that is an error or nothing."""
-    if reply is None:
-        raise AdapterError(f"{who}: no answer within round-timeout-seconds")
-    if reply.has_error():
-        raise AdapterError(f"{who}: {first_line(reply.error.reason)}")
-    return reply.content
+        accepted.append(update.counts_only() if config.screening == "off" else update)
+        bytes_up += count_bytes(update.arrays)
+    accepted.sort(key=lambda update: update.client_id)  # the sums of counts must not depend on who came first
+    return Replies(accepted, dict(sorted(rejected.items())), bytes_up)
 
 
 def unpack(client_id: int, reply: Message | None) -> ClientUpdate:
@@ -282,20 +247,6 @@ def filter_model_of(content: RecordDict) -> tuple[str, str] | None:
     return None if record is None else (str(record.get("model-id"))[:200], str(record.get("model-sha256"))[:64])
 
 
-def aggregate(strategy: FedAvg, accepted: list[ClientUpdate], round_number: int) -> Arrays:
-    """Average adapters by Flower's strategy. LoRA's A and B matrices are averaged apart, as FedAvg does."""
-    replies = []
-    for update in accepted:
-        arrays = ArrayRecord({name: Array(array) for name, array in update.arrays.items()})
-        weight = MetricRecord({strategy.weighted_by_key: update.num_tokens})
-        content = RecordDict({"arrays": arrays, "metrics": weight})
-        replies.append(Message(content, dst_node_id=update.client_id, message_type=MessageType.TRAIN))
-    averaged, _ = strategy.aggregate_train(round_number, replies)
-    if averaged is None:
-        raise ConfigError("the strategy returned no adapter")
-    return {name: array.numpy() for name, array in averaged.items()}
-
-
 def report_progress(record: RoundRecord, config: RunConfig, sampled: int) -> None:
     """One line a round, with an estimate of the time left."""
     log.info(
@@ -303,8 +254,3 @@ def report_progress(record: RoundRecord, config: RunConfig, sampled: int) -> Non
         record.round_number, config.rounds, config.arm.value, len(record.accepted), sampled, record.loss,
         record.seconds, record.seconds * (config.rounds - record.round_number),
     )  # fmt: skip
-
-
-def first_line(reason: str | None) -> str:
-    """The first line of an error's reason, which may hold a whole traceback."""
-    return (reason or "unknown error").strip().splitlines()[0][:300]

@@ -1,11 +1,12 @@
 """Configurations, data files and an in-process grid for tests of the federation."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Message
+from flwr.proto.node_pb2 import NodeInfo
 
 from trainer.config import RunConfig, RunValue, default_run_config, parse_run_config
 from trainer.in_process import NODE_OFFSET, Change, InProcessGrid
@@ -53,6 +54,7 @@ def small_run(folder: Path, model: Path, **changes: RunValue | Path) -> RunConfi
     settings: dict[str, RunValue | Path] = {
         "run_dir": folder / "run", "base_model": model, "arm": "none", "num_clients": 3, "clients_per_round": 3,
         "min_clients": 2, "rounds": 2, "samples_per_client": 4, "batch_size": 2, "lora_rank": 2, "max_length": 64,
+        "round_timeout_seconds": 0.5, "lost_node_seconds": 0.0,  # clients answer in this process, or never
         **write_data(folder),
     }  # fmt: skip
     return make_config(**(settings | changes))
@@ -74,8 +76,9 @@ class LocalGrid(InProcessGrid):
     ) -> None:
         super().__init__(config, clients, tamper, tampered)
         self.rounds: list[list[int]] = []
+        self.names: dict[int, str] = {}  # what the keys of clients were registered as
 
-    def set_node_config(self, client: int, values: dict[str, str]) -> None:
+    def set_node_config(self, client: int, values: Mapping[str, str | int]) -> None:
         """What a silo was started with, beside its number."""
         self.contexts[NODE_OFFSET + client].node_config.update(values)
 
@@ -84,3 +87,6 @@ class LocalGrid(InProcessGrid):
         if trained := [m.metadata.dst_node_id - NODE_OFFSET for m in asked if m.metadata.message_type == TRAIN]:
             self.rounds.append(trained)
         return super().push_messages(asked)
+
+    def get_nodes(self) -> list[NodeInfo]:
+        return [NodeInfo(node_id=node, name=self.names.get(node - NODE_OFFSET, "")) for node in self.contexts]

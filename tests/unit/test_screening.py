@@ -273,3 +273,17 @@ def test_probe_of_another_base_model_is_not_used(
 def test_screening_needs_red_team_prompts() -> None:
     with pytest.raises(ConfigError, match="with screening=drop needs red-team-data"):
         config(red_team_data="")
+
+
+def test_screening_is_refused_where_clients_send_no_whole_adapter() -> None:
+    with pytest.raises(ConfigError, match="needs clients that send whole adapters; those of strategy=scaffold"):
+        config(strategy="scaffold")
+
+
+def test_client_of_lower_rank_is_screened_like_the_others(tmp_path: Path, model: Path, probe: Path) -> None:
+    settings = hostile_run(tmp_path, model, probe)
+    grid = LocalGrid(settings, range(4))
+    for client in (0, 1):
+        grid.set_node_config(client, {"client-rank": 1})
+    train_federation(grid, settings)
+    assert [line.decision for line in only_round(settings).screening] == ["dropped", "kept", "kept", "kept"]
