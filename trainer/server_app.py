@@ -32,7 +32,6 @@ from trainer.records import (
     Clock,
     RoundRecord,
     RunResult,
-    Screened,
     curation_counts,
     curation_reports,
     data_counts,
@@ -101,12 +100,10 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
         accepted, rejected, bytes_up = collect_updates(fleet, strategy, sent, orders, sampled, config)
         clock.lap("train")
 
-        # 2. Screening of the updates that passed the checks, and aggregation of those that are left. Without screening
-        #    the strategy took each of them as it came.
-        screened: list[Screened] = []
+        # 2. Screening, then aggregation. Without screening the strategy took each update as it came.
+        accepted, dropped, screened = screening.screen(trainee, sent, accepted, config, round_number)
+        rejected |= dropped
         if config.screening != "off":
-            accepted, dropped, screened = screening.screen(trainee, sent, accepted, config, round_number)
-            rejected |= dropped
             for update in accepted:
                 strategy.add(update)
         for reason in rejected.values():
