@@ -5,6 +5,7 @@ SuperLink is ours, its state lives in a folder that is removed, and the run's ow
 """
 
 import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ import psutil
 
 from services.common.ports import free_port
 from services.contracts.errors import FedwardError
+from trainer.bundle import stage_app
 from trainer.config import RunConfig
 from trainer.records import RunResult
 from trainer.run_folder import read_result
@@ -29,6 +31,8 @@ START_SECONDS = 60.0
 STOP_SECONDS = 4.0
 OBJECT_STORE_BYTES = 200_000_000  # adapters are small; Ray would otherwise reserve a third of the memory
 CONNECTION = "private"
+HOME_PREFIX = "fedward-"
+OWNER = "owner"  # a file in a simulation's home that is locked for as long as its process lives
 GUARD = "import pathlib, sys, trainer.simulation as s; s.clean_up_after_a_kill(pathlib.Path(sys.argv[1]))"
 
 
@@ -53,13 +57,16 @@ class Simulation:
         self._log_file = log_file
         self._parallel_clients = parallel_clients
         # Directly under /tmp: the paths of Ray's sockets must stay under 108 bytes.
-        self._home = Path(tempfile.mkdtemp(prefix="fedward-", dir="/tmp"))
+        _remove_orphans()
+        self._home = Path(tempfile.mkdtemp(prefix=HOME_PREFIX, dir="/tmp"))
+        self._owner = (self._home / OWNER).open("wb")
+        fcntl.flock(self._owner, fcntl.LOCK_EX)
         self._bin = Path(sys.executable).parent
 
     def __enter__(self) -> Self:
         try:
             self._start_guard()
-            self._stage_app()
+            stage_app(self._app, self._home / "app")
             self._start()
         except BaseException:
             self._stop()
@@ -92,14 +99,6 @@ class Simulation:
         if result is None:
             raise SimulationFailed(f"flwr run ended with code {code} and no result; see {self._log_file}")
         return result
-
-    def _stage_app(self) -> None:
-        """Copy what goes into the app bundle: Flower would walk through the whole project, with its virtual env."""
-        package = self._home / "app" / "trainer"
-        package.mkdir(parents=True)
-        shutil.copy(self._app / "pyproject.toml", package.parent)
-        for module in (self._app / "trainer").glob("*.py"):
-            shutil.copy(module, package)
 
     def _start_guard(self) -> None:
         """Start the process that cleans up if this one is killed: it waits for the pipe between the two to break.
@@ -150,8 +149,17 @@ class Simulation:
         }
 
     def _stop(self) -> None:
+        self._owner.close()
         _end_processes(self._home, psutil.Process.terminate, psutil.Process.kill, psutil.Process.kill)
         shutil.rmtree(self._home, ignore_errors=True)
+
+
+def _remove_orphans() -> None:
+    """Remove the homes of simulations that were killed together with their guard: nobody holds their lock."""
+    for owner in Path("/tmp").glob(f"{HOME_PREFIX}*/{OWNER}"):
+        with contextlib.suppress(OSError), owner.open("rb") as file:  # another user's, or one that is being removed
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(owner.parent, ignore_errors=True)
 
 
 def clean_up_after_a_kill(home: Path) -> None:

@@ -1,0 +1,99 @@
+"""Keep processes running, as a cluster would: what ends is started again after a pause."""
+
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from stack.processes import Processes, ProcessFailed
+
+PAUSE_SECONDS = 5.0
+STABLE_SECONDS = 15.0  # what ran for so long had started well
+POLL_SECONDS = 0.3
+END_SECONDS = 10.0
+CHECK_SECONDS = 5.0  # between looks at what a process wrote
+
+
+@dataclass
+class Kept:
+    """One command that is kept running. ``ended`` is when it ended last, ``failing`` since when it does not start."""
+
+    argv: Sequence[str]
+    patience_seconds: float
+    explain: Callable[[str], str]
+    stuck: Callable[[str], bool]
+    process: subprocess.Popen[bytes]
+    started: float
+    ended: float | None = None
+    failing: float | None = None
+    checked: float = 0.0
+
+
+class Keeper:
+    """Starts commands and starts them again whenever they end."""
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+        self._kept: dict[str, Kept] = {}
+
+    def keep(
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        patience_seconds: float = 60.0,
+        explain: Callable[[str], str] = lambda output: "",
+        stuck: Callable[[str], bool] = lambda output: False,
+    ) -> None:
+        """Start a command.
+
+        Args:
+            name: what it is called in messages and logs.
+            argv: the command.
+            patience_seconds: for so long it may fail to start before ``look`` gives up.
+            explain: why it ended, in words, from what it wrote; empty when that is not known.
+            stuck: whether it hangs, by what it wrote; it is then ended, and started again.
+        """
+        process = self._processes.start(name, argv)
+        self._kept[name] = Kept(argv, patience_seconds, explain, stuck, process, time.monotonic())
+
+    def look(self) -> list[str]:
+        """Start what has ended again; returns a line for each event.
+
+        Raises:
+            ProcessFailed: a command has failed to start for longer than its patience.
+        """
+        events = []
+        now = time.monotonic()
+        for name, kept in self._kept.items():
+            if kept.process.poll() is None:
+                if now - kept.started > STABLE_SECONDS:
+                    kept.failing = None
+                if now - kept.checked >= CHECK_SECONDS:
+                    kept.checked = now
+                    if kept.stuck(self._processes.output(name)):
+                        events.append(f"{name} hangs; it is ended")
+                        _end(kept.process)
+            elif kept.ended is None:
+                kept.ended = now
+                if now - kept.started < STABLE_SECONDS:
+                    kept.failing = kept.failing or now
+                event = f"{name} ended with code {kept.process.returncode}"
+                if why := kept.explain(self._processes.output(name)):
+                    event = f"{event}: {why}"
+                if kept.failing and now - kept.failing > kept.patience_seconds:
+                    log = self._processes.log_dir / f"{name}.log"
+                    raise ProcessFailed(f"{event}; it has not started for {kept.patience_seconds:.0f} s, see {log}")
+                events.append(f"{event}; it is started again")
+            elif now - kept.ended > PAUSE_SECONDS:
+                kept.process, kept.started, kept.ended = self._processes.start(name, kept.argv), now, None
+        return events
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
