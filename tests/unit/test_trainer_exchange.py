@@ -25,7 +25,8 @@ Answer = RecordDict | int | None  # what a node sends back, the code of an error
 
 
 class ScriptedGrid(Grid):
-    """Nodes by id: what each answers, message by message; ``at_poll`` is called before each look for replies."""
+    """Nodes by id: what each answers, message by message; ``at_poll`` is called before each look for replies,
+    ``at_look`` before each for nodes."""
 
     def __init__(self, script: dict[int, list[Answer]], names: bool = True) -> None:
         be_the_coordinator()
@@ -33,9 +34,11 @@ class ScriptedGrid(Grid):
         self.nodes = {node: NodeInfo(node_id=node, name=f"client-{node}" if names else "") for node in script}
         self.asked: list[int] = []
         self.at_poll: Callable[[], None] = lambda: None
+        self.at_look: Callable[[], None] = lambda: None
         self.replies: dict[str, Message] = {}
 
     def get_nodes(self) -> list[NodeInfo]:
+        self.at_look()
         return list(self.nodes.values())
 
     def get_node_ids(self) -> Iterable[int]:
@@ -112,7 +115,7 @@ def test_node_that_is_away_is_asked_when_it_is_back(config: RunConfig) -> None:
         if next(polls) == 3:
             grid.nodes[1] = away
 
-    grid.at_poll = come_back
+    grid.at_look = come_back
     assert not ask(grid, config)[1].has_error()
 
 
