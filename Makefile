@@ -58,6 +58,10 @@ up: setup ## start the services and the gateway (port 8080) and leave them runni
 down: setup ## stop what `make up` started
 	$(BIN)/python -m stack down
 
+.PHONY: federation
+federation: setup ## a coordinator and three silos as separate nodes with TLS; writes runs/federation (needs haproxy)
+	$(BIN)/python -m stack.federation demo
+
 .PHONY: test
 test: setup ## every test that runs in minutes
 	$(BIN)/python -m pytest -m "not long"

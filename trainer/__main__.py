@@ -11,6 +11,7 @@ from typing import NamedTuple
 from services.common.http import ServiceClient
 from services.common.settings import exit_with
 from services.contracts.errors import ConfigError, FedwardError
+from trainer.bundle import build_bundle
 from trainer.config import RunConfig, default_run_config, parse_run_config
 from trainer.files import make_dir
 from trainer.release import GateBounds, promote
@@ -85,6 +86,13 @@ def plan_run(overrides: Path, app: Path) -> PlannedRun:
     return PlannedRun(config, overrides)
 
 
+def bundle(arguments: argparse.Namespace) -> int:
+    """Write the app bundle that a SuperLink hands to every SuperNode."""
+    build_bundle(arguments.app, arguments.out)
+    print(f"wrote {arguments.out}")
+    return 0
+
+
 def promote_adapter(arguments: argparse.Namespace) -> int:
     """Promote an adapter, or say which figure keeps it back."""
     bounds = GateBounds(arguments.min_safe_rate, arguments.max_over_refusal_increase, arguments.min_samples)
@@ -112,6 +120,11 @@ def _parser() -> argparse.ArgumentParser:
         "--parallel-clients", type=_positive, default=2, help="clients that train at once, a core each"
     )
     running.set_defaults(command=run)
+
+    bundling = commands.add_parser("bundle", help="write the app bundle for Flower's deployment runtime")
+    bundling.add_argument("--app", type=Path, default=Path(), help="folder of pyproject.toml (default: this one)")
+    bundling.add_argument("--out", type=Path, required=True, help="the .fab file to write")
+    bundling.set_defaults(command=bundle)
 
     promoting = commands.add_parser("promote", help="pass an adapter through the release gate and serve it")
     promoting.add_argument("--adapter", type=Path, required=True, help="the evaluated adapter's directory")

@@ -26,7 +26,7 @@ SILO_KEYS = (*DATA_KEYS, "base-model")
 # These may change between a run and its continuation: they do not change what a finished round means.
 OPERATIONAL_FIELDS = {
     "run_dir", "client_dir", "resume", "rounds", "safety_url", "critique_url", "coordinator_critique_url",
-    "inference_url", "service_timeout_seconds", "round_timeout_seconds", "min_filter_recall",
+    "inference_url", "service_timeout_seconds", "round_timeout_seconds", "lost_node_seconds", "min_filter_recall",
 }  # fmt: skip
 
 MAX_OWN_PAIRS = 10_000_000
@@ -70,7 +70,13 @@ class RunConfig(BaseModel):
     min_clients: int = Field(ge=1, description="fewer accepted updates than this end the run with an error")
     rounds: int = Field(ge=1)
     round_timeout_seconds: float = Field(gt=0, description="a client that has not answered by then failed the round")
+    lost_node_seconds: float = Field(
+        ge=0, description="a node that was killed or cut off has this long to come back; it is then asked again"
+    )
 
+    silo_data: bool = Field(
+        description="every silo brings its own data (`--node-config shard-data`), and the coordinator names none"
+    )
     shard_data: OptionalText = Field(description="own data: a JSONL path with {shard} for the client's number")
     benign_data: OptionalPath = Field(description="JSONL of benign pairs that are dealt to the clients")
     harmful_data: OptionalPath = Field(description="JSONL of harmful pairs that are dealt to the clients")
@@ -122,13 +128,16 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _one_source_of_data(self) -> Self:
-        if self.shard_data is not None:
+        if self.silo_data or self.shard_data is not None:
             if self.benign_data or self.harmful_data:
-                raise ValueError("shard-data (own data) contradicts benign-data and harmful-data (dealt data)")
-            if "{shard}" not in self.shard_data and self.num_clients > 1:
-                raise ValueError("shard-data needs {shard} in its path, so that each client has its own file")
+                raise ValueError("silo-data and shard-data (own data) contradict benign-data and harmful-data (dealt)")
+            shared = self.shard_data is not None and "{shard}" not in self.shard_data
+            if shared and not self.silo_data and self.num_clients > 1:
+                raise ValueError(
+                    "shard-data needs {shard} in its path, so that each client has its own file (or silo-data=true)"
+                )
         elif self.benign_data is None and self.harmful_share < 1:
-            raise ValueError("set benign-data and harmful-data (dealt to the clients), or shard-data (own data)")
+            raise ValueError("set benign-data and harmful-data (dealt to the clients), shard-data, or silo-data=true")
         elif self.harmful_data is None and self.harmful_share > 0:
             raise ValueError(f"harmful-share={self.harmful_share} needs harmful-data")
         return self
@@ -155,7 +164,7 @@ class RunConfig(BaseModel):
     @property
     def max_tokens_per_client(self) -> int:
         """No client can honestly train on more answer tokens in one pass; it bounds a client's weight."""
-        if self.shard_data is not None:
+        if self.silo_data or self.shard_data is not None:
             return MAX_OWN_PAIRS * self.max_length
         hands = self.num_clients if self.partition == "dirichlet" else 1
         return hands * self.samples_per_client * self.max_length
@@ -171,14 +180,17 @@ def parse_run_config(values: Mapping[str, RunValue], silo: Mapping[str, RunValue
     Args:
         values: Flower's ``run_config``: every key, with its default or its override.
         silo: Flower's ``node_config`` of a client; its ``SILO_KEYS`` win over the coordinator's values. A silo with
-            data of its own takes none of the ``DATA_KEYS`` from the coordinator, which must not decide where a
-            silo's raw data goes, not even when the silo forgot to.
+            data of its own, and every silo of a run with ``silo-data``, takes none of the ``DATA_KEYS`` from the
+            coordinator, which must not decide where a silo's raw data goes, not even when the silo forgot to.
 
     Raises:
         ConfigError: naming the key that is unknown, malformed, missing or in contradiction.
     """
     own = {key: value for key, value in (silo or {}).items() if key in SILO_KEYS}
-    if own.get("shard-data"):
+    if silo is None and values.get("silo-data"):
+        if values.get("shard-data"):
+            raise ConfigError("silo-data=true: each silo names its own shard-data, the coordinator none")
+    elif own.get("shard-data") or values.get("silo-data"):
         own = {**dict.fromkeys(DATA_KEYS, ""), **own}
     known = [name.replace("_", "-") for name in RunConfig.model_fields]
     for key in values:

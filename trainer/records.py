@@ -34,6 +34,8 @@ class ConstitutionalReport(BaseModel):
 class RoundRecord(BaseModel):
     """One finished round: a line of ``rounds.jsonl``. Clients are named by their number.
 
+    ``late`` are clients whose reply to an earlier round came after that round had ended.
+
     The bytes are the sizes of the adapters' arrays, without Flower's envelope: to the sampled clients and from the
     accepted ones.
     """
@@ -42,9 +44,11 @@ class RoundRecord(BaseModel):
     adapter_sha256: str
     accepted: list[int]
     rejected: dict[int, str]
+    late: list[int] = []
     loss: float
     client_losses: dict[int, float]
     client_tokens: dict[int, int]
+    client_seconds: dict[int, float] = {}
     client_curation: dict[int, CurationReport] = {}
     curation: CurationReport | None = None
     curation_precision: float | None = None
@@ -96,6 +100,7 @@ def training_counts(accepted: Sequence[ClientUpdate]) -> dict[str, Any]:
         "loss": mean_by_tokens(accepted, "loss"),
         "client_losses": {update.client_id: update.metrics["loss"] for update in accepted},
         "client_tokens": {update.client_id: update.num_tokens for update in accepted},
+        "client_seconds": {update.client_id: round(update.metrics["train-seconds"], 3) for update in accepted},
     }
 
 

@@ -7,9 +7,14 @@
     <run-dir>/rounds.jsonl           one line per finished round, written after its adapter
     <run-dir>/cai/round-N.jsonl      what the constitutional stage did, prompt by prompt
     <run-dir>/result.json            how the last attempt ended
+    <run-dir>/lock                   locked for as long as a coordinator's process works in the folder
 """
 
+import fcntl
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,35 @@ from trainer.config import RunConfig
 from trainer.files import append_line, make_dir, write_atomically
 from trainer.records import RoundRecord, RunResult
 from trainer.registry import read_adapter, write_adapter
+
+LOCK_SECONDS = 30.0  # a coordinator that was told to stop may still be ending
+
+
+class RunFolderInUse(ConfigError):
+    """Another coordinator works in the run folder."""
+
+    code = "run_folder_in_use"
+
+
+@contextmanager
+def holding(run_dir: Path) -> Iterator[None]:
+    """Lock the run folder for this process; the lock ends with it, whatever ends it.
+
+    Raises:
+        RunFolderInUse: another process holds the lock.
+        ConfigError: the folder cannot be written to.
+    """
+    with (make_dir(run_dir) / "lock").open("ab") as file:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise RunFolderInUse(f"{run_dir} is in use by another run; stop that, or choose another") from error
+                time.sleep(0.2)
+        yield
 
 
 class RunFolder:

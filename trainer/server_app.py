@@ -6,8 +6,7 @@ Run it with ``flwr run .``, or with ``python -m trainer run`` which also starts 
 import contextlib
 import logging
 import random
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,12 +20,12 @@ from trainer import constitutional
 from trainer.aggregation import (
     Arrays,
     ClientUpdate,
-    TooFewClients,
     check_update,
     count_bytes,
     require_enough,
 )
 from trainer.config import RunConfig, parse_run_config
+from trainer.exchange import Fleet, content_of
 from trainer.model import Trainee, adapter_config_json, load_trainee
 from trainer.records import (
     CURATION_COUNTS,
@@ -41,25 +40,28 @@ from trainer.records import (
     filter_models,
     training_counts,
 )
-from trainer.run_folder import RunFolder, write_result
+from trainer.run_folder import RunFolder, RunFolderInUse, holding, write_result
 
 log = logging.getLogger("flwr")
 app = ServerApp()
-GRACE_SECONDS = 10.0  # a message expires this long after its round, so that the round's own time limit ends first
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation and leave ``result.json`` in the run folder, whatever happens."""
     config = parse_run_config(context.run_config)
-    try:
-        train_federation(grid, config)
-    except Exception as error:
-        result = failure(error)
-        log.error("run failed: %s", result.error)
-        with contextlib.suppress(ConfigError):  # the folder may be what the run failed at
-            write_result(config.run_dir, result)
-        raise
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(holding(config.run_dir))
+            train_federation(grid, config)
+        except RunFolderInUse:
+            raise  # its result is another process's to write
+        except Exception as error:
+            result = failure(error)
+            log.error("run failed: %s", result.error)
+            with contextlib.suppress(ConfigError):  # the folder may be what the run failed at
+                write_result(config.run_dir, result)
+            raise
 
 
 class Replies(NamedTuple):
@@ -85,14 +87,13 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
     else:
         adapter = trainee.starting_adapter
         folder.write_adapter(0, adapter, adapter_config_json(trainee), provenance)
-    clients: dict[int, int] = {}
+    fleet = Fleet(grid, config)
 
     for round_number in range(folder.finished + 1, config.rounds + 1):
         clock = Clock()
         # 1. Local training: every sampled client curates its shard if need be, trains, and sends its adapter.
-        clients = roll_call(grid, config, clients)
-        sampled = sample_clients(clients, config, round_number)
-        accepted, rejected = send_adapter(grid, adapter, sampled, config, round_number, trainee.base_model_sha256)
+        sampled = sample_clients(fleet.roll_call(), config, round_number)
+        accepted, rejected = send_adapter(fleet, adapter, sampled, config, round_number, trainee.base_model_sha256)
         clock.lap("train")
 
         # 2. Aggregation of the updates that passed the checks.
@@ -118,6 +119,7 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
             round_number=round_number,
             adapter_sha256=manifest.sha256,
             rejected=rejected,
+            late=fleet.count_late(),
             cai=cai,
             seconds=sum(clock.laps.values()),
             seconds_by_phase=clock.laps,
@@ -149,68 +151,6 @@ def manifest_fields(trainee: Trainee, config: RunConfig) -> dict[str, Any]:
     }
 
 
-def roll_call(grid: Grid, config: RunConfig, known: Mapping[int, int]) -> dict[int, int]:
-    """Wait for enough nodes, and ask those not yet known which client they are.
-
-    Returns:
-        Client number by Flower node id, of the nodes that are connected now.
-
-    Raises:
-        TooFewClients: ``min-clients`` nodes did not connect within the round's time limit, or did not say who they are.
-    """
-    deadline = time.monotonic() + config.round_timeout_seconds
-    while len(nodes := set(grid.get_node_ids())) < config.min_clients:
-        if time.monotonic() > deadline:
-            raise TooFewClients(f"{len(nodes)} of at least {config.min_clients} clients connected in time")
-        time.sleep(1.0)
-    clients = {node: client for node, client in known.items() if node in nodes}
-    unknown = sorted(nodes - clients.keys())
-    replies = ask(grid, unknown, MessageType.QUERY, RecordDict(), config)
-    for node in unknown:
-        try:
-            client_id = read_client_number(node, replies.get(node))
-        except AdapterError as error:
-            log.warning("left out: %s", error.message)
-            continue
-        if client_id in clients.values():
-            log.warning("node %d says that it is client %d, as another node does: left out", node, client_id)
-            continue
-        clients[node] = client_id
-    if len(clients) < config.min_clients:
-        raise TooFewClients(f"{len(clients)} of at least {config.min_clients} clients said who they are")
-    if len(clients) < config.clients_per_round:
-        log.warning("%d clients are there, clients-per-round is %d", len(clients), config.clients_per_round)
-    return clients
-
-
-def ask(
-    grid: Grid, nodes: Iterable[int], message_type: str, content: RecordDict, config: RunConfig
-) -> dict[int, Message]:
-    """Send the same message to each node, and wait for the replies; a node that gave none is not in the result.
-
-    Replies are told apart by the message that they reply to: an error reply that the SuperLink makes for a node that
-    is gone has no node of its own.
-    """
-    timeout = config.round_timeout_seconds
-    messages = [
-        Message(content, dst_node_id=node, message_type=message_type, ttl=timeout + GRACE_SECONDS) for node in nodes
-    ]
-    replies = {reply.metadata.reply_to_message_id: reply for reply in grid.send_and_receive(messages, timeout=timeout)}
-    return {
-        message.metadata.dst_node_id: replies[message.metadata.message_id]
-        for message in messages
-        if message.metadata.message_id in replies
-    }
-
-
-def read_client_number(node: int, reply: Message | None) -> int:
-    """The number of the client that a node says it is; raises AdapterError when it says nothing of the kind."""
-    try:
-        return int(content_of(f"node {node}", reply).metric_records["client"]["client-id"])  # type: ignore[arg-type]  # a list is refused below
-    except (KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"node {node}: it does not say which client it is ({type(error).__name__})") from error
-
-
 def sample_clients(clients: Mapping[int, int], config: RunConfig, round_number: int) -> dict[int, int]:
     """Choose this round's clients (node id to client number): the same in every run of the same seed."""
     node_of = {client: node for node, client in clients.items()}
@@ -220,7 +160,7 @@ def sample_clients(clients: Mapping[int, int], config: RunConfig, round_number: 
 
 
 def send_adapter(
-    grid: Grid,
+    fleet: Fleet,
     adapter: Arrays,
     sampled: Mapping[int, int],
     config: RunConfig,
@@ -230,7 +170,7 @@ def send_adapter(
     """Send the adapter to the sampled clients and check what comes back. A bad reply costs its client the round."""
     arrays = ArrayRecord({name: Array(array) for name, array in adapter.items()})
     order = ConfigRecord({"round": round_number, "base-model-sha256": base_model_sha256})
-    replies = ask(grid, sampled, MessageType.TRAIN, RecordDict({"arrays": arrays, "config": order}), config)
+    replies = fleet.ask(sampled, MessageType.TRAIN, RecordDict({"arrays": arrays, "config": order}))
     expected = TRAINING_COUNTS + (CURATION_COUNTS if config.arm.filters else ())
     accepted, rejected = [], {}
     for node, client_id in sampled.items():  # by client number, because the sum of floats depends on the order
@@ -242,15 +182,6 @@ def send_adapter(
             continue
         accepted.append(update)
     return Replies(accepted, rejected)
-
-
-def content_of(who: str, reply: Message | None) -> RecordDict:
-    """What was replied; raises AdapterError when that is an error or nothing."""
-    if reply is None:
-        raise AdapterError(f"{who}: no answer within round-timeout-seconds")
-    if reply.has_error():
-        raise AdapterError(f"{who}: {first_line(reply.error.reason)}")
-    return reply.content
 
 
 def unpack(client_id: int, reply: Message | None) -> ClientUpdate:
@@ -300,8 +231,3 @@ def report_progress(record: RoundRecord, config: RunConfig, sampled: int) -> Non
         record.round_number, config.rounds, config.arm.value, len(record.accepted), sampled, record.loss,
         record.seconds, record.seconds * (config.rounds - record.round_number),
     )  # fmt: skip
-
-
-def first_line(reason: str | None) -> str:
-    """The first line of an error's reason, which may hold a whole traceback."""
-    return (reason or "unknown error").strip().splitlines()[0][:300]

@@ -83,6 +83,8 @@ def client_shard(config: RunConfig, client_id: int) -> list[Pair]:
     """
     if not 0 <= client_id < config.num_clients:
         raise ConfigError(f"client {client_id} is not one of num-clients={config.num_clients}")
+    if config.silo_data and config.shard_data is None:
+        raise ConfigError("this silo names no data of its own: start its node with shard-data in --node-config")
     if config.shard_data is not None:
         path = Path(config.shard_data.replace("{shard}", str(client_id)))
         pairs = read_pairs(path)

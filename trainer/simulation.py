@@ -21,6 +21,7 @@ import psutil
 
 from services.common.ports import free_port
 from services.contracts.errors import FedwardError
+from trainer.bundle import stage_app
 from trainer.config import RunConfig
 from trainer.records import RunResult
 from trainer.run_folder import read_result
@@ -59,7 +60,7 @@ class Simulation:
     def __enter__(self) -> Self:
         try:
             self._start_guard()
-            self._stage_app()
+            stage_app(self._app, self._home / "app")
             self._start()
         except BaseException:
             self._stop()
@@ -92,14 +93,6 @@ class Simulation:
         if result is None:
             raise SimulationFailed(f"flwr run ended with code {code} and no result; see {self._log_file}")
         return result
-
-    def _stage_app(self) -> None:
-        """Copy what goes into the app bundle: Flower would walk through the whole project, with its virtual env."""
-        package = self._home / "app" / "trainer"
-        package.mkdir(parents=True)
-        shutil.copy(self._app / "pyproject.toml", package.parent)
-        for module in (self._app / "trainer").glob("*.py"):
-            shutil.copy(module, package)
 
     def _start_guard(self) -> None:
         """Start the process that cleans up if this one is killed: it waits for the pipe between the two to break.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -57,6 +58,7 @@ def small_run(folder: Path, model: Path, **changes: RunValue | Path) -> RunConfi
     settings: dict[str, RunValue | Path] = {
         "run_dir": folder / "run", "base_model": model, "arm": "none", "num_clients": 3, "clients_per_round": 3,
         "min_clients": 2, "rounds": 2, "samples_per_client": 4, "batch_size": 2, "lora_rank": 2, "max_length": 64,
+        "round_timeout_seconds": 0.5, "lost_node_seconds": 0.0,  # clients answer in this process, or never
         **write_data(folder),
     }  # fmt: skip
     return make_config(**(settings | changes))
@@ -88,6 +90,8 @@ class LocalGrid(Grid):
         self.tamper = tamper or {}
         self.tampered = tampered
         self.rounds: list[list[int]] = []
+        self.names: dict[int, str] = {}  # what the keys of clients were registered as
+        self._replies: dict[str, Message] = {}
         values = {
             key: "" if value is None else value for key, value in config.model_dump(mode="json", by_alias=True).items()
         }
@@ -111,18 +115,10 @@ class LocalGrid(Grid):
         raise NotImplementedError
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        raise NotImplementedError
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        raise NotImplementedError
-
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self._contexts)
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        replies, trained = [], []
+        ids, trained = [], []
         for message in messages:
-            message.metadata.__dict__["_message_id"] = uuid.uuid4().hex  # as Flower's grids do
+            message_id = message.metadata.__dict__["_message_id"] = uuid.uuid4().hex  # as Flower's grids do
+            ids.append(message_id)
             client = message.metadata.dst_node_id - NODE_OFFSET
             reply: Message | None = client_app(message, self._contexts[message.metadata.dst_node_id])
             if message.metadata.message_type == TRAIN:
@@ -130,7 +126,20 @@ class LocalGrid(Grid):
             if reply is not None and client in self.tamper and message.metadata.message_type == self.tampered:
                 reply = self.tamper[client](message, reply)
             if reply is not None:
-                replies.append(reply)
+                self._replies[message_id] = reply
         if trained:
             self.rounds.append(trained)
-        return list(reversed(replies))  # replies come in any order
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        came = [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
+        return list(reversed(came))  # replies come in any order
+
+    def get_nodes(self) -> list[NodeInfo]:
+        return [NodeInfo(node_id=node, name=self.names.get(node - NODE_OFFSET, "")) for node in self._contexts]
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self._contexts)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        raise NotImplementedError

@@ -52,7 +52,7 @@ def test_unknown_key_is_refused_by_name_with_the_nearest_known_one() -> None:
         ({"clients_per_round": 9}, "<= num-clients"),
         ({"benign_data": ""}, "^run-config: set benign-data and harmful-data"),
         ({"harmful_data": ""}, "harmful-share=0.3 needs harmful-data"),
-        ({"shard_data": "/s/{shard}.jsonl"}, "shard-data \\(own data\\) contradicts benign-data"),
+        ({"shard_data": "/s/{shard}.jsonl"}, "shard-data \\(own data\\) contradict benign-data"),
         ({"safety_url": ""}, "arm=filter\\+cai with curation-mode=drop needs safety-url"),
         ({"curation_mode": "revise", "critique_url": ""}, "with curation-mode=revise needs critique-url"),
         ({"inference_url": ""}, "needs inference-url"),

@@ -1,0 +1,72 @@
+"""A silo: its safety service, Flower's SuperNode, and the SuperExec that starts a process for each message.
+
+Only the SuperNode talks to the coordinator. The safety service, the node's own API and the data stay here.
+"""
+
+import json
+from pathlib import Path
+
+from stack.federation.flower import flower
+from stack.federation.keeper import Keeper
+from stack.federation.settings import SiloConfig
+from stack.processes import Processes, Service
+
+REFUSED = (
+    "If the log says `Failed to activate SuperNode`, the coordinator has not registered this silo's key, or another "
+    "node uses it: a node that was killed counts as connected for up to 60 s. If it names the certificate, `authority` "
+    "is not the coordinator's, or the coordinator's certificate has expired"
+)
+# A killed node's key is refused for up to 60 s, so giving up earlier would turn a crash into an outage.
+PATIENCE_SECONDS = 180.0
+
+
+def start_silo(config: SiloConfig, processes: Processes) -> Keeper:
+    """Start a silo's processes; ``Keeper.look`` keeps them running.
+
+    Raises:
+        ProcessFailed: the safety service did not start.
+        OSError: the state folder cannot be written to.
+    """
+    safety_url = config.safety_url
+    if config.safety_port is not None:
+        safety = Service("safety", "services.safety", config.safety_port)
+        processes.start_services([safety])
+        safety_url = safety.url
+    node_config = config.state_dir / "node-config.toml"
+    _write_node_config(node_config, config, safety_url)
+    keeper = Keeper(processes)
+    keeper.keep("supernode", supernode(config, node_config), patience_seconds=PATIENCE_SECONDS, advice=REFUSED)
+    keeper.keep("superexec", superexec(config))
+    return keeper
+
+
+def supernode(config: SiloConfig, node_config: Path) -> list[str]:
+    """The command that connects this silo."""
+    return flower(
+        "flower-supernode", config.state_dir / "supernode",
+        "--superlink", config.superlink, "--root-certificates", config.authority,
+        "--auth-supernode-private-key", config.private_key, "--trusted-entities", config.trusted_entities,
+        "--isolation", "process", "--superexec-auth-secret-file", config.task_secret,
+        "--host", "127.0.0.1", "--port", config.runtime_port, "--node-config", node_config,
+    )  # fmt: skip
+
+
+def superexec(config: SiloConfig) -> list[str]:
+    """The command that starts a ClientApp for each message; within the silo's own machine, so without TLS."""
+    return flower(
+        "flower-superexec", config.state_dir / "superexec",
+        "--runtime-api-address", f"127.0.0.1:{config.runtime_port}", "--insecure",
+        "--superexec-auth-secret-file", config.task_secret,
+    )  # fmt: skip
+
+
+def _write_node_config(path: Path, config: SiloConfig, safety_url: str) -> None:
+    """What this silo decides for itself; the coordinator's values for these keys do not count."""
+    values = {
+        "partition-id": config.number,
+        "shard-data": str(config.shard.resolve()),
+        "client-dir": str((config.state_dir / "curated").resolve()),
+        "safety-url": safety_url,
+        "critique-url": config.critique_url,
+    }
+    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()), encoding="utf-8")
