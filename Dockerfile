@@ -1,4 +1,4 @@
-# The images of Fedward: --target gateway | service | trainer | fleet-proxy. `make images` builds and tries all of them.
+# The images of Fedward: --target gateway | service | trainer. `make images` builds and tries all of them.
 #   podman build --target gateway --tag localhost/fedward/gateway:0.1.0 .
 # They run as user 10001 with a read-only root; what a process writes goes to a mounted folder. Health is asked for by
 # Kubernetes' probes, so there is no HEALTHCHECK (which Kubernetes ignores and the OCI format does not have).
@@ -17,11 +17,11 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 RUN python -m venv /opt/sbom && /opt/sbom/bin/pip install --quiet cyclonedx-bom==7.5.0 \
     && python -m venv --without-pip /opt/fedward
 COPY k8s/sbom.sh /usr/local/bin/sbom
-# The metadata alone: dependencies are installed again only when they change, the code is copied afterwards.
-COPY pyproject.toml constraints.txt README.md /meta/
 
 FROM build AS gateway-build
 ARG PIP_FIND_LINKS=
+# The metadata alone: dependencies are installed again only when they change, the code is copied afterwards.
+COPY pyproject.toml constraints.txt README.md /meta/
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip --python /opt/fedward/bin/python install --quiet --constraint /meta/constraints.txt '/meta[gateway,postgres,tracing]'
 COPY k8s/runtime.sh /usr/local/bin/runtime
@@ -50,6 +50,7 @@ ARG TORCH=torch==2.13.0
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip --python /opt/fedward/bin/python install --quiet ${TORCH} ${TORCH_INDEX:+--extra-index-url ${TORCH_INDEX}}
+COPY pyproject.toml constraints.txt README.md /meta/
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip --python /opt/fedward/bin/python install --quiet --constraint /meta/constraints.txt \
     '/meta[safety,critique,inference,tracing]'
@@ -77,8 +78,11 @@ EXPOSE 8101 8102 8103
 ENTRYPOINT ["python", "-m"]
 CMD ["services.safety"]
 
+# Flower's processes, of the coordinator and of the silos; HAProxy is the coordinator's door (deploy/fleet-proxy.cfg).
 FROM service AS trainer
 USER root
+RUN apt-get update -qq && apt-get install -qq --yes --no-install-recommends haproxy > /dev/null \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/*
 ARG PIP_FIND_LINKS=
 COPY pyproject.toml constraints.txt README.md /app/
 RUN --mount=type=cache,target=/root/.cache/pip \
@@ -87,18 +91,10 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 COPY trainer /app/trainer
 COPY evaluation /app/evaluation
 COPY stack /app/stack
+COPY deploy /app/deploy
 RUN --mount=from=build,source=/opt/sbom,target=/opt/sbom --mount=from=build,source=/usr/local/bin/sbom,target=/sbom.sh \
     /sbom.sh /sbom && python -m compileall -q /app
 ENV FLWR_HOME=/tmp/flwr FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
 USER 10001:10001
 ENTRYPOINT []
 CMD ["python", "-m", "trainer", "--help"]
-
-# What of a coordinator a silo can reach. HAProxy's own image would do as well.
-FROM base AS fleet-proxy
-RUN apt-get update -qq && apt-get install -qq --yes --no-install-recommends haproxy > /dev/null \
-    && rm -rf /var/lib/apt/lists/* /var/cache/apt/*
-USER 10001:10001
-EXPOSE 9092 8405
-ENTRYPOINT ["haproxy"]
-CMD ["-f", "/etc/fedward/fleet-proxy.cfg"]

@@ -28,7 +28,7 @@ def exported() -> dict[str, frozenset[str]]:
 
 def _series(node: ast.Call, kind: str) -> dict[str, frozenset[str]]:
     first = node.args[0] if node.args else None
-    if not (isinstance(first, ast.Constant) and str(first.value).startswith("fedward_")):
+    if not (isinstance(first, ast.Constant) and isinstance(first.value, str) and first.value.startswith("fedward_")):
         return {}
     lists = [ast.literal_eval(argument) for argument in node.args[2:] if isinstance(argument, ast.List)]
     return {f"{first.value}{suffix}": frozenset(*lists) for suffix in SUFFIXES[kind]}

@@ -1,4 +1,4 @@
-"""What a document names exists: pods behind selectors, ports, volumes, ConfigMaps, Secrets, claims, services in URLs."""
+"""What a document names exists: pods behind selectors, ports, volumes, ConfigMaps, Secrets, claims, services."""
 
 import re
 from collections import Counter
@@ -32,24 +32,30 @@ def selector_problems(documents: list[Document]) -> Iterator[str]:
     """Selectors that choose no pod, and pods that their own workload would not find."""
     pods = [labels(workload) for workload in workloads(documents)]
     for deployment in of_kind(documents, "Deployment"):
-        if not matches(deployment["spec"]["selector"], labels(deployment)):
-            yield f"{name(deployment)}: its selector does not choose its own pods"
-        for spread in pod(deployment).get("topologySpreadConstraints", []):
-            if not matches(spread["labelSelector"], labels(deployment)):
-                yield f"{name(deployment)}: it spreads other pods than its own"
-    for service in of_kind(documents, "Service"):
-        if not any(matches({"matchLabels": service["spec"]["selector"]}, found) for found in pods):
-            yield f"{name(service)}: there is no such pod"
-    for document in of_kind(documents, "PodDisruptionBudget"):
-        if not any(matches(document["spec"]["selector"], found) for found in pods):
+        own = [("its selector", deployment["spec"]["selector"])]
+        own += [
+            ("a spread", spread["labelSelector"]) for spread in pod(deployment).get("topologySpreadConstraints", [])
+        ]
+        for what, selector in own:
+            if not matches(selector, labels(deployment)):
+                yield f"{name(deployment)}: {what} does not choose its own pods"
+    selectors = [(d, {"matchLabels": d["spec"]["selector"]}) for d in of_kind(documents, "Service")]
+    selectors += [(d, d["spec"]["selector"]) for d in of_kind(documents, "PodDisruptionBudget")]
+    selectors += [(d, d["spec"]["podSelector"]) for d in of_kind(documents, "NetworkPolicy")]
+    for document, selector in selectors:
+        if not any(matches(selector, found) for found in pods):
             yield f"{name(document)}: there is no such pod"
-    for policy in of_kind(documents, "NetworkPolicy"):
-        if not any(matches(policy["spec"]["podSelector"], found) for found in pods):
-            yield f"{name(policy)}: there is no such pod"
+
+
+def autoscaler_problems(documents: list[Document]) -> Iterator[str]:
+    """Autoscalers of nothing, with bounds in the wrong order, or of what sets its number of pods itself."""
+    deployments = {document["metadata"]["name"]: document for document in of_kind(documents, "Deployment")}
     for scaler in of_kind(documents, "HorizontalPodAutoscaler"):
-        target = scaler["spec"]["scaleTargetRef"]
-        if f"{target['kind']}/{target['name']}" not in map(name, documents):
-            yield f"{name(scaler)}: it scales {target['name']}, which does not exist"
+        target = deployments.get(scaler["spec"]["scaleTargetRef"]["name"])
+        if target is None:
+            yield f"{name(scaler)}: it scales what does not exist"
+        elif "replicas" in target["spec"]:
+            yield f"{name(scaler)}: {name(target)} sets its replicas itself"
         if scaler["spec"].get("minReplicas", 1) > scaler["spec"]["maxReplicas"]:
             yield f"{name(scaler)}: minReplicas is above maxReplicas"
 
@@ -118,7 +124,7 @@ def reference_problems(documents: list[Document]) -> Iterator[str]:
 
 
 def quantity_problems(documents: list[Document]) -> Iterator[str]:
-    """Quantities that do not parse, requests above limits, containers without the two figures that a scheduler needs."""
+    """Quantities that do not parse, requests above limits, containers without the figures that a scheduler needs."""
     for workload in workloads(documents):
         for one in containers(workload):
             resources = one.get("resources", {})

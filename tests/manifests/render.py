@@ -4,6 +4,7 @@ import functools
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -102,3 +103,14 @@ def matches(selector: dict[str, Any], found: dict[str, str]) -> bool:
         if found.get(one["key"]) not in one["values"]:
             return False
     return True
+
+
+def main(out: Path) -> None:
+    """Write every overlay as one file, for a linter: ``python -m tests.manifests.render FOLDER``."""
+    out.mkdir(parents=True, exist_ok=True)
+    for overlay in sorted({overlay for overlays in INSTALLATIONS.values() for overlay in overlays}):
+        (out / f"{overlay.replace('/', '-')}.yaml").write_text(yaml.safe_dump_all(render(overlay)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -47,7 +47,7 @@ def setting_problems(documents: list[Document]) -> Iterator[str]:
                 yield f"{name(workload)}: {settings.__name__} has no {', '.join(sorted(unknown))}"
                 continue
             try:
-                read = settings(**values)
+                read = settings.model_validate(values)
             except ValidationError as error:
                 yield f"{name(workload)}: {describe(error)}"
                 continue

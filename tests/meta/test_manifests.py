@@ -18,6 +18,7 @@ from tests.manifests.hardening import hardening_problems, image_problems, probe_
 from tests.manifests.metrics import alert_problems, exported, expression_problems
 from tests.manifests.network import edges
 from tests.manifests.references import (
+    autoscaler_problems,
     name_problems,
     port_problems,
     quantity_problems,
@@ -34,6 +35,7 @@ Check = Callable[[list[Document]], Iterator[str]]
 CHECKS: tuple[Check, ...] = (
     name_problems,
     selector_problems,
+    autoscaler_problems,
     port_problems,
     volume_problems,
     reference_problems,
