@@ -5,6 +5,7 @@ python=$(readlink -f /opt/fedward/bin/python)
 stdlib=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 ln -sf "$python" /opt/fedward/bin/python # straight to it: links on the way there are left behind
 mkdir -p "$1/etc" "$1/tmp"
+chmod 1777 "$1/tmp"
 find "$stdlib" /opt/fedward -name '*.so*' -type f > /tmp/objects
 echo "$python" >> /tmp/objects
 # A wheel's own libraries are found beside it; what ldd cannot resolve in the base image must not pass unnoticed.

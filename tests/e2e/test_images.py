@@ -124,7 +124,7 @@ def test_gateway_image_is_small_and_has_no_torch_and_no_shell() -> None:
     packages = bill_of_materials(image("gateway"))
     assert {"fastapi", "sqlalchemy", "cryptography"} <= packages
     assert not packages & {"torch", "transformers", "flwr"}
-    with pytest.raises(AssertionError, match="no such file|not found"):
+    with pytest.raises(AssertionError, match=r"no such file|not found"):
         podman("run", "--rm", "--network", "none", "--entrypoint", "/bin/sh", image("gateway"), "-c", "true")
 
 

@@ -71,7 +71,8 @@ class Pods:
         workload = next(d for d in self._documents if name(d) == f"Deployment/{deployment}")
         spec, one = pod(workload), pod(workload)["containers"][0]
         security = {**spec["securityContext"], **one["securityContext"]}
-        assert security["readOnlyRootFilesystem"] and security["capabilities"]["drop"] == ["ALL"]
+        assert security["readOnlyRootFilesystem"], deployment
+        assert security["capabilities"]["drop"] == ["ALL"], deployment
         command = ["run", "--detach", "--name", self.container(deployment), "--network", self._network]
         command += ["--network-alias", deployment, "--read-only", "--read-only-tmpfs=false", "--cap-drop", "ALL"]
         command += [
