@@ -148,6 +148,10 @@ class Processes:
             raise self._failure(name)
         return self._running.pop(name).output()
 
+    def output(self, name: str) -> str:
+        """What the process of that name has written since it was started last."""
+        return self._running[name].output()
+
     def stop(self) -> None:
         """Ask every process to end, one after the other, and kill what is left of them and of all they started."""
         if self._left:

@@ -5,6 +5,7 @@ SuperLink is ours, its state lives in a folder that is removed, and the run's ow
 """
 
 import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
@@ -30,6 +31,8 @@ START_SECONDS = 60.0
 STOP_SECONDS = 4.0
 OBJECT_STORE_BYTES = 200_000_000  # adapters are small; Ray would otherwise reserve a third of the memory
 CONNECTION = "private"
+HOME_PREFIX = "fedward-"
+OWNER = "owner"  # a file in a simulation's home that is locked for as long as its process lives
 GUARD = "import pathlib, sys, trainer.simulation as s; s.clean_up_after_a_kill(pathlib.Path(sys.argv[1]))"
 
 
@@ -54,7 +57,10 @@ class Simulation:
         self._log_file = log_file
         self._parallel_clients = parallel_clients
         # Directly under /tmp: the paths of Ray's sockets must stay under 108 bytes.
-        self._home = Path(tempfile.mkdtemp(prefix="fedward-", dir="/tmp"))
+        _remove_orphans()
+        self._home = Path(tempfile.mkdtemp(prefix=HOME_PREFIX, dir="/tmp"))
+        self._owner = (self._home / OWNER).open("wb")
+        fcntl.flock(self._owner, fcntl.LOCK_EX)
         self._bin = Path(sys.executable).parent
 
     def __enter__(self) -> Self:
@@ -143,8 +149,17 @@ class Simulation:
         }
 
     def _stop(self) -> None:
+        self._owner.close()
         _end_processes(self._home, psutil.Process.terminate, psutil.Process.kill, psutil.Process.kill)
         shutil.rmtree(self._home, ignore_errors=True)
+
+
+def _remove_orphans() -> None:
+    """Remove the homes of simulations that were killed together with their guard: nobody holds their lock."""
+    for owner in Path("/tmp").glob(f"{HOME_PREFIX}*/{OWNER}"):
+        with contextlib.suppress(OSError), owner.open("rb") as file:  # another user's, or one that is being removed
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(owner.parent, ignore_errors=True)
 
 
 def clean_up_after_a_kill(home: Path) -> None:

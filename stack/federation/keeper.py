@@ -2,7 +2,7 @@
 
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stack.processes import Processes, ProcessFailed
@@ -18,7 +18,7 @@ class Kept:
 
     argv: Sequence[str]
     patience_seconds: float
-    advice: str
+    explain: Callable[[str], str]
     process: subprocess.Popen[bytes]
     started: float
     ended: float | None = None
@@ -32,17 +32,24 @@ class Keeper:
         self._processes = processes
         self._kept: dict[str, Kept] = {}
 
-    def keep(self, name: str, argv: Sequence[str], *, patience_seconds: float = 60.0, advice: str = "") -> None:
+    def keep(
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        patience_seconds: float = 60.0,
+        explain: Callable[[str], str] = lambda output: "",
+    ) -> None:
         """Start a command.
 
         Args:
             name: what it is called in messages and logs.
             argv: the command.
             patience_seconds: for so long it may fail to start before ``look`` gives up.
-            advice: what the reader of that error should check.
+            explain: why it ended, in words, from what it wrote; empty when that is not known.
         """
         process = self._processes.start(name, argv)
-        self._kept[name] = Kept(argv, patience_seconds, advice, process, time.monotonic())
+        self._kept[name] = Kept(argv, patience_seconds, explain, process, time.monotonic())
 
     def look(self) -> list[str]:
         """Start what has ended again; returns a line for each event.
@@ -60,12 +67,13 @@ class Keeper:
                 kept.ended = now
                 if now - kept.started < STABLE_SECONDS:
                     kept.failing = kept.failing or now
+                event = f"{name} ended with code {kept.process.returncode}"
+                if why := kept.explain(self._processes.output(name)):
+                    event = f"{event}: {why}"
                 if kept.failing and now - kept.failing > kept.patience_seconds:
-                    raise ProcessFailed(
-                        f"{name} does not start (code {kept.process.returncode}); see "
-                        f"{self._processes.log_dir / name}.log{'. ' if kept.advice else ''}{kept.advice}"
-                    )
-                events.append(f"{name} ended with code {kept.process.returncode}; it is started again")
+                    log = self._processes.log_dir / f"{name}.log"
+                    raise ProcessFailed(f"{event}; it has not started for {kept.patience_seconds:.0f} s, see {log}")
+                events.append(f"{event}; it is started again")
             elif now - kept.ended > PAUSE_SECONDS:
                 kept.process, kept.started, kept.ended = self._processes.start(name, kept.argv), now, None
         return events

@@ -11,11 +11,6 @@ from stack.federation.keeper import Keeper
 from stack.federation.settings import SiloConfig
 from stack.processes import Processes, Service
 
-REFUSED = (
-    "If the log says `Failed to activate SuperNode`, the coordinator has not registered this silo's key, or another "
-    "node uses it: a node that was killed counts as connected for up to 60 s. If it names the certificate, `authority` "
-    "is not the coordinator's, or the coordinator's certificate has expired"
-)
 # A killed node's key is refused for up to 60 s, so giving up earlier would turn a crash into an outage.
 PATIENCE_SECONDS = 180.0
 
@@ -35,7 +30,7 @@ def start_silo(config: SiloConfig, processes: Processes) -> Keeper:
     node_config = config.state_dir / "node-config.toml"
     _write_node_config(node_config, config, safety_url)
     keeper = Keeper(processes)
-    keeper.keep("supernode", supernode(config, node_config), patience_seconds=PATIENCE_SECONDS, advice=REFUSED)
+    keeper.keep("supernode", supernode(config, node_config), patience_seconds=PATIENCE_SECONDS, explain=explain)
     keeper.keep("superexec", superexec(config))
     return keeper
 
@@ -58,6 +53,20 @@ def superexec(config: SiloConfig) -> list[str]:
         "--runtime-api-address", f"127.0.0.1:{config.runtime_port}", "--insecure",
         "--superexec-auth-secret-file", config.task_secret,
     )  # fmt: skip
+
+
+def explain(output: str) -> str:
+    """Why a SuperNode ended, from what it wrote."""
+    if "certificate has expired" in output:
+        return "the coordinator's certificate has expired"
+    if "CERTIFICATE_VERIFY_FAILED" in output or "certificate verify failed" in output:
+        return "the coordinator's certificate is not signed by this silo's authority, or is for another host"
+    if "Failed to activate SuperNode" in output:
+        return (
+            "the coordinator refuses this silo's key: it is not registered, or another node uses it (a node that was "
+            "killed counts as connected for up to 60 s)"
+        )
+    return ""
 
 
 def _write_node_config(path: Path, config: SiloConfig, safety_url: str) -> None:

@@ -206,6 +206,18 @@ def test_interrupted_and_killed_run_stops_everything_and_is_resumed(tmp_path: Pa
     assert read_manifest(Path(result.adapter)).sha256 == result.adapter_sha256 == run.rounds()[-1].adapter_sha256
 
 
+def test_home_of_a_simulation_that_was_killed_with_its_guard_is_removed_by_the_next(tmp_path: Path) -> None:
+    orphan, living = (Path(tempfile.mkdtemp(prefix=HOME_PREFIX, dir="/tmp")) for _ in range(2))
+    (orphan / OWNER).touch()
+    with Simulation(ROOT, tmp_path / "superlink.log") as simulation, (living / OWNER).open("wb") as file:
+        assert not orphan.exists()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        Simulation(ROOT, tmp_path / "second.log")
+        assert living.exists()
+        assert simulation._home.exists()
+    shutil.rmtree(living)
+
+
 def test_failed_run_ends_with_its_own_exit_code(tmp_path: Path) -> None:
     (tmp_path / "empty-model").mkdir()
     run = Run(tmp_path, arm="none", base_model=tmp_path / "empty-model")

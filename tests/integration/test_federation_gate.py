@@ -1,0 +1,158 @@
+"""What a silo can reach of a coordinator: Flower's Fleet API and nothing else, by the calls that Flower makes."""
+
+import http.client
+import shutil
+import ssl
+import subprocess
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TypeVar
+
+import httpx
+import pytest
+from flwr.proto.control_pb2 import ListRunsRequest, StartRunRequest
+from flwr.proto.fleet_pb2 import PullMessagesRequest, RegisterNodeFleetRequest
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, PushAppMessagesRequest
+from flwr.supercore.control.control_http_client import ControlHttpClient
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.protobuf.client import ProtobufClient
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.fleet_http_client import FleetHttpClient
+
+from stack.federation.coordinator import cli_home, superlink_address
+from stack.federation.flower import CONNECTION, flower, write_connection
+from stack.federation.train import connect
+from stack.processes import Processes
+from tests.fakes.federation import Federation, make_parties
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(shutil.which("haproxy") is None, reason="haproxy is not installed"),
+]
+FORBIDDEN = 403
+Client = TypeVar("Client", bound=ProtobufClient)
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    """A coordinator that is up, without silos."""
+    folder = tmp_path_factory.mktemp("gate")
+    with Processes(folder / "logs") as processes:
+        federation = make_parties(folder, processes, silos=1)
+        processes.start("coordinator", federation.party("coordinator", federation.coordinator_file), serves=True)
+        connect(federation.coordinator)
+        yield federation
+
+
+@pytest.fixture
+def gate(federation: Federation) -> str:
+    """Where silos reach the coordinator."""
+    return federation.coordinator.fleet_bind
+
+
+def client_of(kind: type[Client], address: str, federation: Federation) -> Client:
+    """Flower's own client of one of its APIs."""
+    version = RuntimeVersionHttpInterceptor(component_name="SuperNode")
+    authority = federation.plan.credentials.authority.read_bytes()
+    return kind.from_server_address(address, False, authority, interceptors=[version])
+
+
+def status_of(error: pytest.ExceptionInfo[httpx.HTTPStatusError]) -> int:
+    return error.value.response.status_code
+
+
+def test_fleet_calls_pass_and_need_a_registered_key(federation: Federation, gate: str) -> None:
+    with (
+        client_of(FleetHttpClient, gate, federation) as fleet,
+        pytest.raises(httpx.HTTPStatusError) as refused,
+    ):
+        fleet.PullMessages(PullMessagesRequest())
+    assert status_of(refused) == httpx.codes.UNAUTHORIZED  # the SuperLink's own answer
+
+
+def test_control_api_is_closed_to_silos_and_open_to_the_coordinator(federation: Federation, gate: str) -> None:
+    with client_of(ControlHttpClient, superlink_address(federation.coordinator), federation) as control:
+        control.ListRuns(ListRunsRequest())  # the call is sound: the coordinator itself gets an answer
+    with client_of(ControlHttpClient, gate, federation) as control:
+        for call, request in ((control.ListRuns, ListRunsRequest()), (control.StartRun, StartRunRequest())):
+            with pytest.raises(httpx.HTTPStatusError) as refused:
+                call(request)
+            assert status_of(refused) == FORBIDDEN
+
+
+def test_submission_by_flowers_own_command_is_refused(federation: Federation, gate: str, tmp_path: Path) -> None:
+    write_connection(tmp_path, gate, federation.plan.credentials.authority)
+    command = flower("flwr", tmp_path, "run", "@fedward/fedward==0.1.0", CONNECTION)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "403" in done.stdout + done.stderr
+    listed = flower("flwr", cli_home(federation.coordinator), "ls", CONNECTION, "--format", "json")
+    assert '"runs": []' in subprocess.run(listed, capture_output=True, text=True, timeout=120).stdout
+
+
+def test_runtime_api_of_server_and_client_apps_is_closed_to_silos(federation: Federation, gate: str) -> None:
+    with client_of(RuntimeHttpClient, gate, federation) as runtime:
+        for call, request in (
+            (runtime.AcquireTask, AcquireTaskRequest()),
+            (runtime.PullTaskInput, PullTaskInputRequest()),
+            (runtime.PushMessages, PushAppMessagesRequest()),
+        ):
+            with pytest.raises(httpx.HTTPStatusError) as refused:
+                call(request)
+            assert status_of(refused) == FORBIDDEN
+
+
+def test_task_needs_the_superexecs_secret_even_at_the_superlink(federation: Federation) -> None:
+    with (
+        client_of(RuntimeHttpClient, superlink_address(federation.coordinator), federation) as runtime,
+        pytest.raises(httpx.HTTPStatusError) as refused,
+    ):
+        runtime.AcquireTask(AcquireTaskRequest())
+    assert status_of(refused) == httpx.codes.UNAUTHORIZED
+
+
+def test_node_cannot_register_itself(federation: Federation, gate: str) -> None:
+    with client_of(FleetHttpClient, gate, federation) as fleet, pytest.raises(httpx.HTTPStatusError) as refused:
+        fleet.RegisterNode(RegisterNodeFleetRequest(public_key=b"key"))
+    assert status_of(refused) == FORBIDDEN
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/control/start-run", "/v1/fleet/../control/start-run", "/v1/fleet/%2e%2e/control/start-run",
+        "//v1/fleet/pull-messages", "/v1/fleet/pull-messages/", "/V1/FLEET/PULL-MESSAGES", "/v1/fleet/", "/",
+        "/health", "/docs", "/openapi.json", "/v1/fleet/pull-messages;/../../control/start-run",
+    ],
+)  # fmt: skip
+def test_path_is_matched_whole_and_as_it_is_written(federation: Federation, gate: str, path: str) -> None:
+    assert raw_status(federation, gate, "POST", path, {"Content-Length": "0"}) == FORBIDDEN
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "status"),
+    [
+        ("GET", {}, FORBIDDEN),
+        ("PUT", {"Content-Length": "0"}, FORBIDDEN),
+        ("POST", {}, 400),
+        ("POST", {"Content-Length": str(2**30)}, 413),
+    ],
+    ids=["read", "put", "no length", "oversized"],
+)
+def test_only_posts_of_a_stated_and_sensible_size_pass(
+    federation: Federation, gate: str, method: str, headers: dict[str, str], status: int
+) -> None:
+    assert raw_status(federation, gate, method, "/v1/fleet/pull-messages", headers) == status
+
+
+def raw_status(federation: Federation, gate: str, method: str, path: str, headers: dict[str, str]) -> int:
+    """The status of a request whose path nothing has tidied up."""
+    trust = ssl.create_default_context(cafile=str(federation.plan.credentials.authority))
+    with closing(http.client.HTTPSConnection(gate, context=trust, timeout=20)) as connection:
+        connection.putrequest(method, path, skip_accept_encoding=True)
+        for name, value in headers.items():
+            connection.putheader(name, value)
+        connection.endheaders()
+        with connection.getresponse() as answer:
+            return answer.status
