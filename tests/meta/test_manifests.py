@@ -8,12 +8,15 @@ import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 
 from gateway.policy_file import parse_policies
 from gateway.quotas import read_quotas
+from services.common.ports import free_port
 from services.contracts.constitution import load_constitution
+from stack.federation.settings import CoordinatorConfig, read_config
 from tests.manifests.hardening import hardening_problems, image_problems, probe_problems
 from tests.manifests.metrics import alert_problems, exported, expression_problems
 from tests.manifests.network import edges
@@ -164,6 +167,16 @@ def test_trainer_takes_the_run_configuration(name: str) -> None:
     assert str(config.run_dir).startswith("/runs/")
 
 
+@pytest.mark.parametrize("name", ["all-in-one", "coordinator"])
+def test_coordinator_takes_its_settings(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "coordinator.toml"
+    path.write_text(configured(name, "coordinator", "coordinator.toml"))
+    config = read_config(CoordinatorConfig, path)
+    run = tomllib.loads(configured(name, "run", "run.toml"))
+    assert str(config.run_dir) == run["run-dir"]
+    assert len(config.silo_keys) == run["num-clients"]
+
+
 @pytest.mark.parametrize(("name", "config_map"), [("silo", "silo"), ("all-in-one", "silo-0"), ("all-in-one", "silo-1")])
 def test_trainer_takes_what_a_silo_says_of_itself(name: str, config_map: str) -> None:
     own = tomllib.loads(configured(name, config_map, "node-config.toml"))
@@ -242,3 +255,24 @@ def test_every_alert_is_tried() -> None:
     tests = yaml.safe_load((MONITORING / "alerts.test.yaml").read_text())["tests"]
     fired = {case["alertname"] for test in tests for case in test["alert_rule_test"] if case["exp_alerts"]}
     assert fired == alerts
+
+
+def test_proxy_exports_what_is_asked_of_it(tmp_path: Path) -> None:
+    if shutil.which("haproxy") is None:
+        pytest.skip("haproxy is not installed, so its metrics are not compared")
+    port = free_port()
+    config = tmp_path / "haproxy.cfg"
+    timeouts = "".join(f"    timeout {side} 5s\n" for side in ("connect", "client", "server"))
+    config.write_text(
+        f"defaults\n    mode http\n{timeouts}frontend fleet\n    bind 127.0.0.1:{port}\n"
+        "    http-request use-service prometheus-exporter if { path /metrics }\n"
+    )
+    asked = set(re.findall(r"haproxy_\w+", "".join(path.read_text() for path in MONITORING.iterdir())))
+    with subprocess.Popen(["haproxy", "-db", "-f", str(config)], stderr=subprocess.DEVNULL) as proxy:
+        try:
+            with httpx.Client(transport=httpx.HTTPTransport(retries=8)) as client:
+                served = client.get(f"http://127.0.0.1:{port}/metrics").text
+        finally:
+            proxy.terminate()
+    assert asked
+    assert asked <= set(re.findall(r"haproxy_\w+", served))
