@@ -6,6 +6,7 @@
 import json
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,13 +14,17 @@ import httpx
 import pytest
 
 from gateway.api_keys import add_key, new_key
+from stack.federation.bundles import sign_bundle
+from stack.federation.credentials import Credentials, make_credentials
 from tests.fakes.pods import Pods, bill_of_materials, image_megabytes, podman
 from tests.manifests.render import ROOT, installation
+from trainer.bundle import build_bundle
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 TARGETS = ("gateway", "service", "trainer")
 SERVICES = ("safety", "critique", "inference", "gateway")
 VERSION = "0.1.0"
+COORDINATORS = ("coordinator", "silo-keys", "bundle")  # ConfigMaps and Secrets of the training job
 FIGURES = ROOT / "runs/images/summary.json"
 # Fails unless the root is read-only and the process has no capability left.
 CONFINED = """
@@ -57,7 +62,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pods, ht
     folder = tmp_path_factory.mktemp("pods")
     key = new_key("demo", "trial", None)
     add_key(folder / "keys.json", key)
-    secrets = {"keys.json": (folder / "keys.json").read_bytes(), "audit.key": b"k" * 32}
+    secrets = {"gateway/keys.json": (folder / "keys.json").read_bytes(), "gateway/audit.key": b"k" * 32}
     with Pods(installation("all-in-one"), secrets, folder).running() as pods:
         for service in SERVICES:
             pods.start(service, *(("--publish", "127.0.0.1::8080") if service == "gateway" else ()))
@@ -71,6 +76,41 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pods, ht
         stopped = {service: pods.stop(service) for service in reversed(SERVICES)}
         write_figures({"seconds_until_ready": ready, "resident_megabytes": memory, "exit_code_when_stopped": stopped})
         assert set(stopped.values()) == {0}
+
+
+@pytest.fixture(scope="module")
+def credentials(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Keys, certificates and a signed bundle, as an operator lays them into the overlay's folders."""
+    folder = tmp_path_factory.mktemp("credentials")
+    made = Credentials(folder)
+    make_credentials(made, ["fleet", "localhost", "127.0.0.1"], ["silo-0", "silo-1"])
+    build_bundle(ROOT, folder / "fedward.fab")
+    sign_bundle(folder / "fedward.fab", made.signing_key)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    placed = {f"{holder}/{name}": content for name, content in files.items() for holder in COORDINATORS}
+    for number in (0, 1):
+        placed |= {f"trust-{number}/{name}": files[name] for name in ("authority.pem", "trusted-entities.yaml")}
+        placed |= {f"silo-{number}/silo.{kind}": files[f"silo-{number}.{kind}"] for kind in ("key", "secret")}
+    return placed
+
+
+def test_two_silos_train_two_rounds(credentials: dict[str, bytes], tmp_path: Path) -> None:
+    silos = ("supernode-0", "supernode-1", "clientapp-0", "clientapp-1")
+    with Pods(installation("all-in-one"), credentials, tmp_path).running() as pods:
+        for workload in ("safety", "training", *silos):
+            pods.start(workload)
+        while pods.is_running("training"):
+            assert time.monotonic() - pods.started["training"] < 600, pods.log("training")
+            time.sleep(1)
+        seconds = time.monotonic() - pods.started["training"]
+        assert pods.exit_code("training") == 0, pods.log("training") + pods.log("supernode-0") + pods.log("clientapp-0")
+        result = podman(
+            "run", "--rm", "--volume", f"{pods.volume('runs')}:/runs", "--entrypoint", "cat", image("trainer"),
+            "/runs/federation/result.json",
+        )  # fmt: skip
+        assert json.loads(result)["status"] == "completed"
+        assert json.loads(result)["adapter"].endswith("round-2")
+        print(f"two rounds: {seconds:.0f} s from the start of the containers")
 
 
 def write_figures(figures: dict[str, object]) -> None:

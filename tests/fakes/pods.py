@@ -6,6 +6,7 @@ It is no cluster: there are no probes, restarts or network policies. Services ar
 import base64
 import json
 import os
+import re
 import subprocess
 import time
 import uuid
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.manifests.references import items_of, source_of
-from tests.manifests.render import ROOT, Document, name, of_kind, pod
+from tests.manifests.render import ROOT, Document, labels, matches, name, of_kind, pod, workloads
 
 CONTAINERS_CONF = ROOT / "k8s/containers.conf"
 READY_SECONDS = 180.0
@@ -33,11 +34,11 @@ def podman(*arguments: str, check: bool = True, timeout: float = 300) -> str:
 
 
 class Pods:
-    """Some of an installation's deployments as containers on one network.
+    """Some of an installation's workloads as containers on one network.
 
     Args:
         documents: the rendered installation.
-        secrets: contents of the Secrets' keys, in place of the placeholders.
+        secrets: what an operator brings, as ``<ConfigMap or Secret>/<key>``, in place of the placeholders.
         folder: where files are kept that containers see.
     """
 
@@ -56,94 +57,122 @@ class Pods:
         try:
             yield self
         finally:
-            for deployment in self.started:
-                podman("rm", "--force", "--time", "5", self.container(deployment), check=False)
+            for workload in self.started:
+                podman("rm", "--force", "--time", "5", self.container(workload), check=False)
             podman("network", "rm", "--force", self._network, check=False)
             for volume in self._volumes:
                 podman("volume", "rm", "--force", volume, check=False)
 
-    def container(self, deployment: str) -> str:
+    def container(self, workload: str) -> str:
         """The container's name."""
-        return f"{self._network}-{deployment}"
+        return f"{self._network}-{workload}"
 
-    def start(self, deployment: str, *options: str) -> None:
-        """Start a deployment's container under the name that its Service has."""
-        workload = next(d for d in self._documents if name(d) == f"Deployment/{deployment}")
-        spec, one = pod(workload), pod(workload)["containers"][0]
+    def volume(self, claim: str) -> str:
+        """The name of the volume that stands for a claim."""
+        return f"{self._network}-{claim}"
+
+    def start(self, workload: str, *options: str) -> None:
+        """Start a workload's container under the names that its Services have, after its initial containers."""
+        document = self._document(workload)
+        for one in pod(document).get("initContainers", []):
+            podman("run", "--rm", *self._options(document, one), one["image"], *_arguments(one, {}))
+        one = pod(document)["containers"][0]
+        variables = {variable["name"]: self._value(variable) for variable in one.get("env", [])}
+        command = ["run", "--detach", "--name", self.container(workload), *self._options(document, one), *options]
+        for service in of_kind(self._documents, "Service"):
+            if matches({"matchLabels": service["spec"]["selector"]}, labels(document)):
+                command += ["--network-alias", service["metadata"]["name"]]
+        for key, value in variables.items():
+            command += ["--env", f"{key}={value}"]
+        self.started[workload] = time.monotonic()
+        podman(*command, one["image"], *_arguments(one, variables))
+
+    def wait(self, workload: str) -> float:
+        """Wait until its readiness probe succeeds; returns the seconds since its start."""
+        one = pod(self._document(workload))["containers"][0]
+        url = f"http://127.0.0.1:{one['ports'][0]['containerPort']}{one['readinessProbe']['httpGet']['path']}"
+        while True:
+            try:
+                self.python(workload, ASK, url)
+            except AssertionError as error:
+                waited = time.monotonic() - self.started[workload]
+                if waited > READY_SECONDS or not self.is_running(workload):
+                    raise AssertionError(f"{workload} is not ready:\n{self.log(workload)}") from error
+                time.sleep(0.5)
+            else:
+                return time.monotonic() - self.started[workload]
+
+    def is_running(self, workload: str) -> bool:
+        """Whether its process has not ended."""
+        return podman("inspect", "--format", "{{.State.Running}}", self.container(workload)) == "true"
+
+    def exit_code(self, workload: str) -> int:
+        """How a process that has ended did so."""
+        return int(podman("inspect", "--format", "{{.State.ExitCode}}", self.container(workload)))
+
+    def python(self, workload: str, code: str, *arguments: str) -> str:
+        """Run Python code inside a container; raises AssertionError when it fails."""
+        return podman("exec", self.container(workload), "python", "-c", code, *arguments)
+
+    def log(self, workload: str) -> str:
+        """The end of what it has written."""
+        done = subprocess.run(
+            ["podman", "logs", "--tail", "30", self.container(workload)], capture_output=True, text=True, timeout=60
+        )
+        return done.stdout + done.stderr
+
+    def megabytes(self, workload: str) -> float:
+        """What its first process holds in memory."""
+        pages = self.python(workload, "print(open('/proc/1/statm').read().split()[1])")
+        return int(pages) * 4096 / 1e6
+
+    def stop(self, workload: str) -> int:
+        """Ask it to end; returns its exit code."""
+        podman("stop", "--time", "60", self.container(workload))
+        return self.exit_code(workload)
+
+    def _document(self, workload: str) -> Document:
+        return next(d for d in workloads(self._documents) if d["metadata"]["name"] == workload)
+
+    def _options(self, document: Document, one: dict[str, Any]) -> list[str]:
+        """How a container is confined and what it sees."""
+        spec = pod(document)
         security = {**spec["securityContext"], **one["securityContext"]}
-        assert security["readOnlyRootFilesystem"], deployment
-        assert security["capabilities"]["drop"] == ["ALL"], deployment
-        command = ["run", "--detach", "--name", self.container(deployment), "--network", self._network]
-        command += ["--network-alias", deployment, "--read-only", "--read-only-tmpfs=false", "--cap-drop", "ALL"]
-        command += [
+        assert security["readOnlyRootFilesystem"], one["name"]
+        assert security["capabilities"]["drop"] == ["ALL"], one["name"]
+        options = ["--network", self._network, "--read-only", "--read-only-tmpfs=false", "--cap-drop", "ALL"]
+        options += [
             "--security-opt",
             "no-new-privileges",
             "--user",
             f"{security['runAsUser']}:{security['runAsGroup']}",
         ]
-        command += ["--memory", one["resources"]["limits"]["memory"].replace("i", "").lower(), *options]
-        for variable in one.get("env", []):
-            command += ["--env", f"{variable['name']}={self._value(variable)}"]
+        options += ["--memory", _podman_size(one["resources"]["limits"]["memory"])]
+        if "command" in one:
+            options += ["--entrypoint", json.dumps(one["command"])]
         for mount in one["volumeMounts"]:
             volume = next(v for v in spec["volumes"] if v["name"] == mount["name"])
-            command += self._mount(volume, mount["mountPath"], deployment)
-        self.started[deployment] = time.monotonic()
-        podman(*command, one["image"], *one.get("args", []))
-
-    def wait(self, deployment: str) -> float:
-        """Wait until its readiness probe succeeds; returns the seconds since its start."""
-        workload = next(d for d in self._documents if name(d) == f"Deployment/{deployment}")
-        one = pod(workload)["containers"][0]
-        url = f"http://127.0.0.1:{one['ports'][0]['containerPort']}{one['readinessProbe']['httpGet']['path']}"
-        while True:
-            try:
-                self.python(deployment, ASK, url)
-            except AssertionError as error:
-                waited = time.monotonic() - self.started[deployment]
-                running = podman("inspect", "--format", "{{.State.Running}}", self.container(deployment)) == "true"
-                if waited > READY_SECONDS or not running:
-                    raise AssertionError(f"{deployment} is not ready:\n{self.log(deployment)}") from error
-                time.sleep(0.5)
-            else:
-                return time.monotonic() - self.started[deployment]
-
-    def python(self, deployment: str, code: str, *arguments: str) -> str:
-        """Run Python code inside a container; raises AssertionError when it fails."""
-        return podman("exec", self.container(deployment), "python", "-c", code, *arguments)
-
-    def log(self, deployment: str) -> str:
-        """The end of what it has written."""
-        return podman("logs", "--tail", "20", self.container(deployment), check=False)
-
-    def megabytes(self, deployment: str) -> float:
-        """What its processes hold in memory."""
-        pages = self.python(deployment, "print(open('/proc/1/statm').read().split()[1])")
-        return int(pages) * 4096 / 1e6
-
-    def stop(self, deployment: str) -> int:
-        """Ask it to end; returns its exit code."""
-        podman("stop", "--time", "60", self.container(deployment))
-        return int(podman("inspect", "--format", "{{.State.ExitCode}}", self.container(deployment)))
+            options += self._mount(volume, mount["mountPath"], document["metadata"]["name"])
+        return options
 
     def _value(self, variable: dict[str, Any]) -> str:
         if "value" in variable:
             value: str = variable["value"]
             return value
-        reference = variable["valueFrom"]["secretKeyRef"]
-        return self._content(f"Secret/{reference['name']}")[reference["key"]].decode()
+        ((field, reference),) = variable["valueFrom"].items()
+        kind = {"secretKeyRef": "Secret", "configMapKeyRef": "ConfigMap"}[field]
+        return self._content(f"{kind}/{reference['name']}")[reference["key"]].decode()
 
-    def _mount(self, volume: dict[str, Any], place: str, deployment: str) -> list[str]:
+    def _mount(self, volume: dict[str, Any], place: str, workload: str) -> list[str]:
         if "emptyDir" in volume:
-            size = volume["emptyDir"]["sizeLimit"].replace("i", "").lower()
-            return ["--tmpfs", f"{place}:size={size},mode=1777"]
+            return ["--tmpfs", f"{place}:size={_podman_size(volume['emptyDir']['sizeLimit'])},mode=1777"]
         if claim := volume.get("persistentVolumeClaim"):
-            kept = f"{self._network}-{claim['claimName']}"
-            self._volumes.add(kept)
-            return ["--volume", f"{kept}:{place}:U"]
+            self._volumes.add(self.volume(claim["claimName"]))
+            return ["--volume", f"{self.volume(claim['claimName'])}:{place}:U"]
         source = source_of(volume)
         assert source is not None
-        folder = self._folder / deployment / volume["name"]
-        folder.mkdir(parents=True)
+        folder = self._folder / workload / volume["name"]
+        folder.mkdir(parents=True, exist_ok=True)
         content = self._content(source)
         for key, path in {i["key"]: i["path"] for i in items_of(volume)}.items() or {k: k for k in content}.items():
             (folder / path).write_bytes(content[key])
@@ -153,8 +182,21 @@ class Pods:
     def _content(self, source: str) -> dict[str, bytes]:
         document = next(d for d in of_kind(self._documents, "ConfigMap", "Secret") if name(d) == source)
         if document["kind"] == "ConfigMap":
-            return {key: text.encode() for key, text in document["data"].items()}
-        return {key: self._secrets.get(key, base64.b64decode(text)) for key, text in document["data"].items()}
+            content = {key: text.encode() for key, text in document["data"].items()}
+        else:
+            content = {key: base64.b64decode(text) for key, text in document["data"].items()}
+        # A placeholder is its file's own name.
+        return {key: self._secrets.get(f"{document['metadata']['name'].rpartition('-')[0]}/{key}", value)
+                for key, value in content.items()}  # fmt: skip
+
+
+def _arguments(one: dict[str, Any], variables: Mapping[str, str]) -> list[str]:
+    """A container's arguments, with the variables that Kubernetes puts into them."""
+    return [re.sub(r"\$\((\w+)\)", lambda found: variables[found[1]], text) for text in one.get("args", [])]
+
+
+def _podman_size(quantity: str) -> str:
+    return quantity.replace("i", "").lower()
 
 
 def image_megabytes(image: str) -> float:

@@ -276,3 +276,9 @@ def test_proxy_exports_what_is_asked_of_it(tmp_path: Path) -> None:
             proxy.terminate()
     assert asked
     assert asked <= set(re.findall(r"haproxy_\w+", served))
+
+
+def test_operations_guide_says_what_to_do_about_every_alert() -> None:
+    alerts = re.findall(r"alert: (\w+)", (MONITORING / "alerts.yaml").read_text())
+    guide = (ROOT / "docs/operations.md").read_text()
+    assert re.findall(r"^### (Fedward\w+)$", guide, flags=re.M) == alerts
