@@ -21,7 +21,6 @@ def hardening_problems(documents: list[Document]) -> Iterator[str]:
                 yield f"{name(workload)}: securityContext.{key} is not {value}"
         if spec.get("automountServiceAccountToken") is not False:
             yield f"{name(workload)}: it gets a token for the Kubernetes API"
-        # Kubernetes would set FEDWARD_..._PORT-like variables, which our settings refuse.
         if spec.get("enableServiceLinks") is not False:
             yield f"{name(workload)}: service links are on"
         yield from (f"{name(workload)}: {key} is set" for key in FORBIDDEN if spec.get(key))
