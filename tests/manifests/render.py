@@ -1,5 +1,6 @@
 """The overlays as `kubectl apply -k` would send them, with placeholders where an operator lays secrets."""
 
+import atexit
 import functools
 import re
 import shutil
@@ -30,6 +31,7 @@ INSTALLATIONS = {
 def tree_with_secrets() -> Path:
     """A copy of what kustomize reads; every secret file has its own name as its content."""
     folder = Path(tempfile.mkdtemp(prefix="fedward-manifests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     shutil.copytree(K8S, folder / "k8s", ignore=shutil.ignore_patterns("secrets"))
     constitutions = Path("services/critique/constitutions")
     shutil.copytree(ROOT / constitutions, folder / constitutions)
