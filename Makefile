@@ -70,6 +70,10 @@ test: setup ## every test that runs in minutes
 test-long: setup ## the tests that take long: a whole small demo, kill tests
 	$(BIN)/python -m pytest -m long
 
+.PHONY: fuzz
+fuzz: setup ## many generated requests to every service, by its OpenAPI document, with a new seed (`make test` runs a few)
+	FUZZ_EXAMPLES=1000 $(BIN)/python -m pytest --timeout 7200 tests/integration/test_openapi_fuzz.py
+
 .PHONY: check
 check: setup ## ruff, mypy --strict, and the tests of the project's own rules (import layers, sizes, README paths)
 	$(BIN)/ruff check .
@@ -112,6 +116,11 @@ bench-inference: setup ## speed of the inference service against one-at-a-time g
 .PHONY: bench-gateway
 bench-gateway: setup ## the gateway beside LiteLLM, Portkey and plain FastAPI; writes runs/bench/gateway.json
 	$(BIN)/python -m gateway.bench
+
+.PHONY: soak
+soak: setup ## ten minutes of streams, then 1,000 at once: do memory and files grow? writes runs/bench/soak.json, streams.json
+	$(BIN)/python -m gateway.bench.soak
+	$(BIN)/python -m gateway.bench.soak --streams 1000 --words 30 --word-ms 2000 --minutes 4 --out runs/bench/streams.json
 
 .PHONY: measure
 measure: setup ## print the measured quality of the shipped classifier and miniature

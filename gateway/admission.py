@@ -10,18 +10,21 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 
 from gateway.asked import Asked, Kind
 from gateway.audit import AuditLog
+from gateway.audit_records import AuditRow, Place
 from gateway.auth import Authenticator
 from gateway.exposure import require_safe_start
 from gateway.limits import Limiter
+from gateway.live import LiveVisits
 from gateway.policy import DirectionPolicy, Policy, PromptPolicy, StreamPolicy
-from gateway.policy_file import PolicySet, Route
-from gateway.policy_reload import PolicyInForce
+from gateway.policy_file import PolicySet, Route, read_policies
 from gateway.quotas import estimate_tokens
 from gateway.settings import GatewaySettings
 from gateway.visits import Visit
+from gateway.watched_file import WatchedFile, watching
 from services.common.connections import ClientLeft
 from services.contracts.errors import FedwardError, UnknownModel
 
@@ -44,9 +47,11 @@ class Admission:
         )
         self._auth = Authenticator(settings)
         self._limiter = Limiter(settings)
-        self._in_force = PolicyInForce(settings.policy_file) if settings.policy_file else None
+        read = partial(read_policies, can_revise=settings.critique_url is not None)
+        self._in_force = WatchedFile(settings.policy_file, read) if settings.policy_file else None
         self._uniform = PolicySet.uniform(policy_of_settings(settings))
         self._audit = AuditLog(settings)
+        self.live = LiveVisits()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -55,8 +60,8 @@ class Admission:
             exits.push_async_callback(self._audit.close)
             exits.push_async_callback(self._limiter.close)
             exits.push_async_callback(self._auth.close)
-            if self._in_force:
-                await exits.enter_async_context(self._in_force.watching())
+            policy = [self._in_force] if self._in_force else []
+            await exits.enter_async_context(watching([*policy, *self._auth.files, *self._limiter.files]))
             yield
 
     @property
@@ -68,11 +73,27 @@ class Admission:
         """
         return self._audit.problem
 
+    @property
+    def amiss(self) -> dict[str, str]:
+        """What is not as the operator wants it, such as a file that is wrong now; the reason may name any tenant."""
+        policy = [self._in_force] if self._in_force else []
+        files = {"policy": policy, "keys": self._auth.files, "limits": self._limiter.files}
+        reasons = {name: file.problem for name, one in files.items() for file in one}
+        reasons["counters"] = self._limiter.problem
+        return {name: reason for name, reason in reasons.items() if reason}
+
+    def policies_of(self, tenant: str) -> dict[Route, Policy]:
+        """What is in force for a tenant on each route."""
+        return {route: self._policies.of(tenant, route) for route in Route}
+
+    async def recent(self, tenant: str, limit: int, before: Place | None = None) -> list[AuditRow]:
+        """A tenant's latest audit rows, or the latest ``before`` one; the latest first. Raises SQLAlchemyError."""
+        return await asyncio.to_thread(self._audit.store.recent, limit, tenant, before)
+
     async def visit(self, headers: Mapping[str, str], request_id: str, route: Route) -> Visit:
         """Who asks, and the policy for them; raises Unauthorized, or UpstreamUnavailable when it cannot be checked."""
         identity = await self._auth.identify(headers)
-        policies = self._in_force.current if self._in_force else self._uniform
-        return Visit(request_id, identity, route, policies.of(identity.tenant, route))
+        return Visit(request_id, identity, route, self._policies.of(identity.tenant, route))
 
     @asynccontextmanager
     async def recorded(self, visit: Visit) -> AsyncIterator[None]:
@@ -82,13 +103,14 @@ class Admission:
             UpstreamUnavailable: the record cannot be written; then nothing may be answered.
         """
         self._audit.require()
-        try:
-            yield
-        except BaseException as stop:
-            with suppress(FedwardError):  # the audit has put the record into the log
-                await self._record(visit, _code(stop))
-            raise
-        await self._record(visit, None)
+        with self.live.at_work(visit):
+            try:
+                yield
+            except BaseException as stop:
+                with suppress(FedwardError):  # the audit has put the record into the log
+                    await self._record(visit, _code(stop))
+                raise
+            await self._record(visit, None)
 
     @asynccontextmanager
     async def admitted(self, visit: Visit, asked: Asked) -> AsyncIterator[None]:
@@ -104,12 +126,26 @@ class Admission:
         visit.model = asked.model
         visit.prompt = "\n".join(turn.text for turn in asked.turns if turn.kind is Kind.ASKED)
         characters = sum(len(turn.text) for turn in asked.turns)
-        likely = estimate_tokens(characters, (asked.answer_tokens or LIKELY_ANSWER) * asked.choices)
+        async with self.counted(visit, characters, (asked.answer_tokens or LIKELY_ANSWER) * asked.choices):
+            yield
+
+    @asynccontextmanager
+    async def counted(self, visit: Visit, characters: int, answer_tokens: int = 0) -> AsyncIterator[None]:
+        """Count a request, with the tokens that so many characters and its answer are likely to take.
+
+        Raises:
+            QuotaExceeded, UpstreamUnavailable: as ``admitted``.
+        """
+        likely = estimate_tokens(characters, answer_tokens)
         async with self._limiter.admit(visit.identity.tenant, likely) as grant:
             visit.headers.update(grant.headers)
             yield
             if visit.tokens is not None:
                 grant.used(visit.tokens)
+
+    @property
+    def _policies(self) -> PolicySet:
+        return self._in_force.current if self._in_force else self._uniform
 
     async def _record(self, visit: Visit, error: str | None) -> None:
         record = visit.record(self._audit.prompt_hash(visit.prompt), error)

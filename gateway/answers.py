@@ -7,18 +7,20 @@ upstream. The few names among them have to look like names.
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import NamedTuple
 
 from gateway.asked import strings_in
-from gateway.policy import Decision
+from gateway.policy import Action, Decision, worst
 from services.contracts.chat import Json, Usage
 from services.contracts.errors import ErrorDetail, UpstreamUnavailable
 
 CONTENT = "content"  # the channel of the answer itself; others are reasoning, refusal and calls
 BLOCKED = "content_filter"
+REVISED = "stop"  # how a revision ends; TGI has a word of its own for it
 _NAME = re.compile(r"[A-Za-z0-9._:/@+-]{1,200}")
 
 
@@ -102,12 +104,20 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Unit:
-    """What is decided on as one and then leaves as one; the last unit of a choice has its ``finish``."""
+    """What is decided on as one and then leaves as one; the last unit of a choice has its ``finish``.
+
+    ``changed`` is the decision that kept it from leaving as it came.
+    """
 
     index: int
     parts: tuple[Part, ...]
     finish: Finish | None = None
-    blocked: Decision | None = None
+    changed: Decision | None = None
+
+    @property
+    def blocked(self) -> bool:
+        """A refusal leaves in its place, and its choice ends with it."""
+        return self.changed is not None and self.changed.action is Action.REFUSE
 
     def text(self, channel: str = CONTENT) -> str:
         """The text of one channel."""
@@ -117,20 +127,31 @@ class Unit:
         """All tokens that leave with it."""
         return [token for part in self.parts for token in part.tokens]
 
+    def without_tokens(self) -> "Unit":
+        """The same text and calls, with nothing told about tokens."""
+        parts = tuple(replace(part, tokens=()) for part in self.parts if part.text)
+        return replace(self, parts=parts)
+
 
 @dataclass
 class Sent:
-    """What has left of one choice so far."""
+    """What has left of one choice so far: the text of each channel, and how many tokens were told about.
+
+    Of a repaired choice, of which no tokens are told, each unit counts as one.
+    """
 
     started: bool = False
-    text: str = ""
+    repaired: bool = False
+    texts: defaultdict[str, str] = field(default_factory=lambda: defaultdict(str))
     tokens: int = 0
 
     def add(self, unit: Unit) -> None:
         """Note that ``unit`` has left."""
         self.started = True
-        self.text += unit.text()
-        self.tokens += len(unit.tokens())
+        self.repaired = self.repaired or unit.changed is not None
+        for part in unit.parts:
+            self.texts[part.channel] += part.text
+        self.tokens += len(unit.tokens()) or int(self.repaired)
 
 
 def whole_units(event: Event, choices: int) -> list[Unit]:
@@ -170,29 +191,35 @@ def _joined(texts: Iterable[str]) -> str:
     return "".join(texts).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def blocked_note(decision: Decision) -> Json:
-    """What the client is told about an answer, or a choice of it, that was blocked."""
+def _note(decision: Decision) -> Json:
     return {
-        "blocked": True,
+        "blocked": decision.action is Action.REFUSE,
+        "decision": decision.action.value,
         "direction": decision.direction.value,
         "categories": list(decision.categories),
         "reason": decision.reason,
     }
 
 
-def blocked_event_note(decision: Decision) -> Json:
-    """The same in a stream, with an error object.
+def note_on(units: Sequence[Unit]) -> Json:
+    """What the client is told of choices that did not leave as they came, to be added to a whole answer's body.
 
-    It stands inside ``fedward``: at the top level clients would raise it as a failure, and their callers would never
-    see how the answer ended.
+    The decision is the worst one; which choices are blocked, their ``finish_reason`` says.
     """
-    error = ErrorDetail(message=decision.reason, type=BLOCKED, code=BLOCKED).model_dump()
-    return blocked_note(decision) | {"error": error}
-
-
-def blocked_notes(units: Iterable[Unit]) -> Json:
-    """The note on a whole answer of which some choices are blocked, to be added to its body."""
-    blocked = [(unit.index, unit.blocked) for unit in units if unit.blocked]
-    if not blocked:
+    changed = {unit.index: unit.changed for unit in units if unit.changed}
+    if not changed:
         return {}
-    return {"fedward": blocked_note(blocked[0][1]) | {"choices": [index for index, _ in blocked]}}
+    return {"fedward": _note(worst(changed.values())) | {"choices": list(changed)}}
+
+
+def with_note(events: list[Json], unit: Unit) -> list[Json]:
+    """The events of a unit; when it did not leave as it came, the first of them says so.
+
+    The error object of a blocked one stands inside ``fedward``: at the top level clients would raise it as a failure,
+    and their callers would never see how the answer ended.
+    """
+    if unit.changed:
+        reason = unit.changed.reason
+        error = {"error": ErrorDetail(message=reason, type=BLOCKED, code=BLOCKED).model_dump()} if unit.blocked else {}
+        events[0]["fedward"] = _note(unit.changed) | error
+    return events

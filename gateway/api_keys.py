@@ -151,7 +151,7 @@ def add_key(path: Path, new: NewKey) -> None:
 
 
 def revoke_key(path: Path, tenant: str, name: str) -> ApiKey:
-    """Mark a key as revoked from now on; gateways that watch the file refuse it within a second.
+    """Mark a key as revoked from now on; gateways that watch the file refuse it within two seconds.
 
     Raises:
         ConfigError: there is no such key, or the file is malformed.

@@ -8,18 +8,23 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from gateway.admission import Admission
+from gateway.api_docs import name_bodies
 from gateway.asked import wants_stream
+from gateway.console.app import console_routes
+from gateway.console.views import Views
 from gateway.models import find_model, list_models
 from gateway.pipeline import Pipeline
 from gateway.policy_file import Route
 from gateway.protocols import Wire, chat, completions, tgi
+from gateway.quotas import moderated_characters
 from gateway.readiness import Readiness
 from gateway.responses import EventStream, decision_header, error_response
 from gateway.settings import GatewaySettings
 from gateway.upstreams import INFERENCE, SAFETY, PassedOn, Upstreams
+from services.common.api_docs import STREAM, error_responses, whole_or_stream
 from services.common.app import create_app, route_with_errors
 from services.common.connections import while_connected
-from services.contracts.chat import Json
+from services.contracts.chat import ChatCompletion, Completion, GenerateAnswer, Json, TgiError
 
 
 def build_app(settings: GatewaySettings) -> FastAPI:
@@ -38,15 +43,19 @@ def build_app(settings: GatewaySettings) -> FastAPI:
 
     app = create_app("gateway", settings, lifespan=lifespan, ready=ready)
     app.add_exception_handler(PassedOn, _on_passed_on)
+    if settings.console:
+        app.include_router(console_routes(admission, Views(admission, upstreams, ready, settings)))
     app.include_router(_openai_routes(pipeline, admission, upstreams, settings))
     app.include_router(_tgi_routes(pipeline, admission, upstreams))
+    document = app.openapi
+    app.openapi = lambda: name_bodies(document())  # type: ignore[method-assign]  # FastAPI's way to extend it
     return app
 
 
 def _openai_routes(
     pipeline: Pipeline, admission: Admission, upstreams: Upstreams, settings: GatewaySettings
 ) -> APIRouter:
-    router = APIRouter(tags=["openai"])
+    router = APIRouter(tags=["openai"], responses=error_responses(400, 401, 404, 413, 429, 503))
 
     async def serve(body: Json, request: Request, wire: Wire, route: Route) -> Response:
         visit = await admission.visit(request.headers, request.state.request_id, route)
@@ -55,12 +64,12 @@ def _openai_routes(
         answer = await while_connected(request.receive, pipeline.answer(body, wire, visit))
         return JSONResponse(answer, headers=visit.headers | decision_header(answer))
 
-    @router.post("/v1/chat/completions", response_model=None)
+    @router.post("/v1/chat/completions", responses=whole_or_stream(ChatCompletion))
     async def chat_completions(body: dict[str, Any], request: Request) -> Response:
         """An answer, whole or streamed, after the prompt and every part of the answer were checked."""
         return await serve(body, request, chat, Route.CHAT)
 
-    @router.post("/v1/completions", response_model=None)
+    @router.post("/v1/completions", responses=whole_or_stream(Completion))
     async def text_completions(body: dict[str, Any], request: Request) -> Response:
         """A prompt continued, whole or streamed, checked like a chat; with ``echo`` and ``logprobs``."""
         return await serve(body, request, completions, Route.COMPLETIONS)
@@ -77,18 +86,21 @@ def _openai_routes(
         await admission.visit(request.headers, request.state.request_id, Route.CHAT)
         return await find_model(name, upstreams, settings)
 
-    @router.post("/v1/moderations", response_model=None)
-    async def moderations(request: Request) -> Response:
-        """The safety service's own verdict on a text."""
+    @router.post("/v1/moderations")
+    async def moderations(body: dict[str, Any], request: Request) -> Response:
+        """The safety service's own verdict on a text; it counts as a request, with the text's tokens."""
         visit = await admission.visit(request.headers, request.state.request_id, Route.MODERATIONS)
-        async with admission.recorded(visit):
-            return _json(await upstreams.forward(SAFETY, "POST", "/v1/moderations", await request.body()))
+        async with admission.recorded(visit), admission.counted(visit, moderated_characters(body)):
+            verdict = await upstreams.forward(SAFETY, "POST", "/v1/moderations", await request.body())
+        return _json(verdict, visit.headers)
 
     return router
 
 
 def _tgi_routes(pipeline: Pipeline, admission: Admission, upstreams: Upstreams) -> APIRouter:
-    router = APIRouter(tags=["tgi"], route_class=route_with_errors(lambda error: error_response(error, tgi)))
+    in_tgis_words = route_with_errors(lambda error: error_response(error, tgi))
+    errors = error_responses(401, 413, 422, 429, 503, body=TgiError)
+    router = APIRouter(tags=["tgi"], route_class=in_tgis_words, responses=errors)
 
     async def whole(body: Json, request: Request, wrap: Callable[[Json], Any]) -> Response:
         visit = await admission.visit(request.headers, request.state.request_id, Route.GENERATE)
@@ -99,17 +111,17 @@ def _tgi_routes(pipeline: Pipeline, admission: Admission, upstreams: Upstreams) 
         visit = await admission.visit(request.headers, request.state.request_id, Route.GENERATE)
         return EventStream(pipeline.stream(body, tgi, visit), tgi, visit.headers)
 
-    @router.post("/generate", response_model=None)
+    @router.post("/generate", response_model=GenerateAnswer)
     async def generate(body: dict[str, Any], request: Request) -> Response:
         """A raw prompt continued, after it and every part of the answer were checked."""
         return await whole(body, request, lambda answer: answer)
 
-    @router.post("/generate_stream", response_model=None)
+    @router.post("/generate_stream", response_class=Response, responses=STREAM)
     async def generate_stream(body: dict[str, Any], request: Request) -> Response:
         """The same, one event for each token."""
         return await streamed(body, request)
 
-    @router.post("/", response_model=None)
+    @router.post("/", responses=whole_or_stream(list[GenerateAnswer]))
     async def generate_either(body: dict[str, Any], request: Request) -> Response:
         """The route of Hugging Face's clients: ``stream`` picks; a whole answer comes in an array."""
         if body.get("stream") is True:
@@ -125,8 +137,8 @@ def _tgi_routes(pipeline: Pipeline, admission: Admission, upstreams: Upstreams) 
     return router
 
 
-def _json(content: bytes) -> Response:
-    return Response(content, media_type="application/json")
+def _json(content: bytes, headers: dict[str, str] | None = None) -> Response:
+    return Response(content, headers=headers, media_type="application/json")
 
 
 async def _on_passed_on(request: Request, error: Exception) -> Response:

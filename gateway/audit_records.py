@@ -94,6 +94,16 @@ class DecisionEntry(BaseModel):
         )
 
 
+class RepairEntry(BaseModel):
+    """What came of redacting or revising one choice: ``done``, or why it was refused (``gateway/repair.py``)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    choice: int
+    action: str
+    outcome: str
+
+
 class AuditRecord(BaseModel):
     """One request's way through the gateway. Field order is the order in the stored JSON.
 
@@ -112,11 +122,12 @@ class AuditRecord(BaseModel):
     protocol: str = ""
     action: str = ""
     decisions: tuple[DecisionEntry, ...] = ()
+    repairs: tuple[RepairEntry, ...] | None = None
     prompt_hmac: str | None = None
     released_characters: int = 0
     model: Name | None = None
     adapter_sha256: str | None = None
-    constitution_sha256: str | None = None
+    constitution_sha256: Name | None = None
     policy_sha256: str | None = None
     classifier_id: Name | None = None
     classifier_sha256: str | None = None
@@ -136,6 +147,14 @@ class AuditRow(NamedTuple):
     body: str
     text: str | None
     hash: str
+
+
+class Place(NamedTuple):
+    """Where a row stands among the rows of all chains, by time."""
+
+    at: str
+    seq: int
+    chain: str
 
 
 class Prepared(NamedTuple):

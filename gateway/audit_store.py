@@ -25,10 +25,11 @@ from sqlalchemy import (
     make_url,
     select,
     text,
+    tuple_,
 )
 from sqlalchemy.exc import ArgumentError
 
-from gateway.audit_records import FIRST, AuditRow
+from gateway.audit_records import FIRST, AuditRow, Place
 from services.contracts.errors import ConfigError
 
 CONNECT_SECONDS = 2
@@ -51,6 +52,7 @@ TABLE = Table(
     Column("text", Text),
     Column("hash", String(64), nullable=False),
     Index("fedward_audit_at", "at"),
+    Index("fedward_audit_tenant_at", "tenant", "at"),
 )
 # A guard against mistakes; whoever may drop a trigger can still rewrite rows, which is what the chain is for.
 # The column "text" may be emptied: that is how kept texts are deleted.
@@ -132,10 +134,15 @@ class AuditStore:
             query = query.where(TABLE.c.chain == chain)
         yield from self._rows(query)
 
-    def recent(self, limit: int, tenant: str | None = None) -> list[AuditRow]:
-        """The latest rows, the latest first; raises SQLAlchemyError."""
-        query = select(TABLE).order_by(TABLE.c.at.desc(), TABLE.c.seq.desc()).limit(limit)
-        return list(self._rows(query if tenant is None else query.where(TABLE.c.tenant == tenant)))
+    def recent(self, limit: int, tenant: str | None = None, before: Place | None = None) -> list[AuditRow]:
+        """The latest rows, or the latest ``before`` a row; the latest first. Raises SQLAlchemyError."""
+        place = (TABLE.c.at, TABLE.c.seq, TABLE.c.chain)
+        query = select(TABLE).order_by(*(column.desc() for column in place)).limit(limit)
+        if tenant is not None:
+            query = query.where(TABLE.c.tenant == tenant)
+        if before is not None:
+            query = query.where(tuple_(*place) < tuple_(*before))
+        return list(self._rows(query))
 
     def close(self) -> None:
         """Close all connections."""

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import AnyHttpUrl, BaseModel, ConfigDict, Field, model_validator
 
@@ -110,12 +110,9 @@ class Authenticator:
         raise Unauthorized("this is no API key of this gateway", error="invalid_token")
 
     @property
-    def problem(self) -> str | None:
-        """What is wrong with the keys file at present, for the readiness answer."""
-        if self._keys is None:
-            return None
-        self._keys.current()
-        return self._keys.problem
+    def files(self) -> list[WatchedFile[Any]]:
+        """The files to be watched."""
+        return [self._keys] if self._keys else []
 
     async def close(self) -> None:
         """Close the connection to the identity provider."""
@@ -124,7 +121,7 @@ class Authenticator:
 
     def _by_key(self, secret: str) -> Identity:
         assert self._keys is not None
-        key = find_key(self._keys.current(), secret)
+        key = find_key(self._keys.current, secret)
         if key is None:
             raise Unauthorized("this API key is not known", error="invalid_token")
         state = key.state(datetime.now(UTC))

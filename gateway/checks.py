@@ -9,6 +9,7 @@ from gateway.asked import Asked, Kind, has_words
 from gateway.metrics import DECISIONS
 from gateway.policy import Action, Decision, Direction, Policy, decide
 from services.common.logs import get_logger
+from services.common.spans import span
 from services.contracts.errors import FedwardError
 from services.contracts.verdicts import ClassifyItem, Verdict
 
@@ -88,10 +89,16 @@ class Checker:
         """Classify and decide; no verdict is an error, never an allowance."""
         if not items:  # white space only: there is nothing to judge
             return Decision(Action.ALLOW, direction)
+        with span("check", {"fedward.direction": direction.value}) as traced:
+            decision = await self._decide(items, direction)
+            traced.note({"fedward.action": decision.action.value, "fedward.categories": decision.categories})
+        return decision
+
+    async def _decide(self, items: Sequence[ClassifyItem], direction: Direction) -> Decision:
         started = time.perf_counter()
         try:
             verdicts = await (self._prompt(items) if direction is Direction.PROMPT else self._together(items))
-            decision = decide(verdicts, direction, self._policy).or_refuse()
+            decision = decide(verdicts, direction, self._policy)
         except FedwardError as error:
             DECISIONS.labels(direction.value, "unavailable").inc()
             get_logger().warning("check failed", direction=direction.value, error=error.message)

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from limits import RateLimitItem
 
@@ -71,12 +71,14 @@ class Limiter:
             get_logger().info("no limits are set; --limits-file sets them")
 
     @property
+    def files(self) -> list[WatchedFile[Any]]:
+        """The files to be watched."""
+        return [self._quotas] if self._quotas else []
+
+    @property
     def problem(self) -> str | None:
-        """What is wrong at present, for the readiness answer: a broken limits file, or Redis away."""
-        if self._quotas is None:
-            return None
-        self._quotas.current()
-        return self._quotas.problem or self._storage.problem
+        """Why counts are not shared at present: Redis is away."""
+        return self._storage.problem if self._quotas else None
 
     @asynccontextmanager
     async def admit(self, tenant: str, tokens: int) -> AsyncIterator[Grant]:
@@ -99,7 +101,7 @@ class Limiter:
         await self._storage.close()
 
     async def _reserve(self, tenant: str, tokens: int) -> list[Window]:
-        quota = self._quotas.current().of(tenant) if self._quotas else Quota()
+        quota = self._quotas.current.of(tenant) if self._quotas else Quota()
         costs: dict[Kind, int] = {"requests": 1, "tokens": tokens}
         wanted = [(kind, limit, cost) for kind, cost in costs.items() for limit in quota.items(kind)]
         windows = await asyncio.gather(*(self._count(tenant, *one) for one in wanted))

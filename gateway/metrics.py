@@ -1,19 +1,24 @@
 """What the gateway counts, beside the metrics that every process has; and the tripwire behind its main promise."""
 
-from collections import Counter as Counts
+from collections import defaultdict
 
 from prometheus_client import Counter, Histogram
 
-from gateway.policy import Decision, Direction
+from gateway.policy import Action, Decision, Direction
 
 DECISIONS = Counter(
     "fedward_gateway_decisions_total",
-    "Checks by what came of them: allow, refuse, unavailable",
+    "Checks by what came of them: allow, redact, revise, refuse, shadowed, unavailable",
     ["direction", "outcome"],
+)
+REPAIRS = Counter(
+    "fedward_gateway_repairs_total",
+    "What was to be redacted or revised, by what came of it; anything but done is refused",
+    ["action", "outcome"],
 )
 CHECK_SECONDS = Histogram(
     "fedward_gateway_check_seconds",
-    "Time one check took, from the call to its decision or failure",
+    "Time one call of the classifier took, to its verdicts or failure",
     ["direction"],
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.5),
 )
@@ -36,32 +41,31 @@ class UncheckedRelease(RuntimeError):
 class Ledger:
     """Bookkeeping for one answer, kept apart from the code that releases text, so that a bug there is caught.
 
-    Only decisions move it forward; ``release`` refuses what they do not cover. Each channel of each choice has its own
-    account, and a choice that was refused releases nothing more.
+    Only decisions move it forward; ``release`` refuses what they do not cover, letter by letter. So what was removed
+    cannot leave, and what stands in its place has to be allowed like everything else. Each channel of each choice has
+    its own account, and a choice that was refused releases nothing more.
     """
 
     def __init__(self) -> None:
         self._prompt_allowed = False
-        self._checked: Counts[Lane] = Counts()
-        self._released: Counts[Lane] = Counts()
+        self._allowed: defaultdict[Lane, str] = defaultdict(str)  # and has not left yet
         self._refused: set[int] = set()
 
-    def record(self, decision: Decision, characters: int = 0, lane: Lane = _MAIN) -> None:
-        """Note what was decided on the prompt, or on the next ``characters`` of one lane of the answer."""
+    def record(self, decision: Decision, text: str = "", lane: Lane = _MAIN) -> None:
+        """Note what was decided on the prompt, or on what is to leave next in one lane of the answer."""
         if decision.direction is Direction.PROMPT:
             self._prompt_allowed = decision.allowed
         elif decision.allowed:
-            self._checked[lane] += characters
-        else:
+            self._allowed[lane] += text
+        elif decision.action is Action.REFUSE:
             self._refused.add(lane[0])
 
     def release(self, text: str, lane: Lane = _MAIN) -> str:
         """Hand ``text`` back for sending; raises UncheckedRelease when any of it has not been allowed."""
-        end = self._released[lane] + len(text)
         open_to_it = self._prompt_allowed and lane[0] not in self._refused
-        unchecked = end - (self._checked[lane] if open_to_it else 0)
-        if text and unchecked > 0:
-            RELEASED_BEFORE_VERDICT.inc(min(unchecked, len(text)))
+        allowed = self._allowed[lane] if open_to_it else ""
+        if not allowed.startswith(text):
+            RELEASED_BEFORE_VERDICT.inc(len(text))
             raise UncheckedRelease("text was about to be released without a verdict")
-        self._released[lane] = end
+        self._allowed[lane] = allowed.removeprefix(text)
         return text

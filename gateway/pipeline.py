@@ -6,27 +6,26 @@
     (admission)                                 |                                      +--> release, in order
                                                 +--> generation (inference) --> answer +    --> record --> client
                                                                                 checks (safety)
+                                                                                  | unsafe
+                                                                                  +--> repair (critique, safety)
 
 The way is the same for all protocols; a ``Wire`` (package ``protocols``) reads requests and writes answers. Generation
 starts beside the prompt check, so that an allowed request waits for the slower of the two and not for both; nothing
-leaves before the prompt's verdict, and no text leaves before its own. Whatever fails, fails closed: an error ends the
-request and what is held is dropped. Every request leaves a record in the audit, however it ends.
+leaves before the prompt's verdict, and no text leaves before its own (``request.py``). What is unsafe is redacted,
+revised or refused (``repair.py``). Whatever fails, fails closed: an error ends the request and what is held is dropped.
+Every request leaves a record in the audit, however it ends.
 """
 
 import asyncio
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from gateway.admission import Admission
-from gateway.answers import BLOCKED, CONTENT, Finish, Head, Part, Sent, Unit, texts_to_check, whole_units
-from gateway.asked import Asked
-from gateway.checks import Checker, prompt_items, response_items
-from gateway.metrics import Ledger
-from gateway.policy import Decision, Direction
+from gateway.answers import Head, Sent, whole_units
 from gateway.protocols import Wire
+from gateway.request import Request, instead
 from gateway.settings import GatewaySettings
 from gateway.streaming import CheckedAnswer
 from gateway.upstreams import PassedOn, Upstreams
@@ -35,7 +34,6 @@ from services.contracts.chat import Json, Usage
 from services.contracts.errors import Overloaded
 
 T = TypeVar("T")
-REFUSAL = "I'm sorry, but I can't help with that."
 NO_TOKENS = Usage(prompt_tokens=0, completion_tokens=0, total_tokens=0)
 
 
@@ -52,7 +50,7 @@ class Pipeline:
         """A whole answer, or the refusal in its place; raises a FedwardError when it cannot be made or checked."""
         async with self._at_work(raw, wire, visit) as request:
             asked = request.asked
-            async with _beside(self._upstreams.complete(wire.PATH, asked.content, wire.read_whole)) as generation:
+            async with _beside(self._upstreams.complete(wire, asked)) as generation:
                 decision = await request.decide_prompt()
                 if not decision.allowed:  # leaving cancels the generation
                     refusals = [instead(index, decision) for index in range(asked.choices)]
@@ -60,9 +58,8 @@ class Pipeline:
                 answer = await generation
 
             units = whole_units(answer, asked.choices)
-            checks = (request.decide(unit.index, list(texts_to_check(unit.parts))) for unit in units)
-            decisions = await asyncio.gather(*checks)
-            leaving = [request.let_out(unit, decision) for unit, decision in zip(units, decisions, strict=True)]
+            checked = await asyncio.gather(*map(request.check, units))
+            leaving = [request.let_out(unit, decision) for unit, decision in checked]
             head = answer.head or Head.own(wire.ID_PREFIX, asked.model)
             visit.answered(head, answer.usage)
             return wire.whole(asked, head, leaving, answer.usage or NO_TOKENS)
@@ -72,15 +69,17 @@ class Pipeline:
         sent: defaultdict[int, Sent] = defaultdict(Sent)
         async with self._at_work(raw, wire, visit) as request:
             asked, cut = request.asked, visit.policy.stream
-            events = self._upstreams.stream(wire.STREAM_PATH, asked.content, wire.read_event)
+            events = self._upstreams.stream(wire, asked)
             async with CheckedAnswer(events, request.decide, cut, self._settings, asked.choices) as answer:
+                visit.held = answer.held
                 prompt = await request.decide_prompt()
                 if prompt.allowed:
                     async for unit, decision in answer:
-                        if not decision.allowed:
-                            answer.drop(unit.index)
                         before = sent[unit.index]
-                        leaving = request.let_out(unit, decision, started=before.started)
+                        settled = await request.settle(unit, decision, before)
+                        leaving = request.let_out(*settled, started=before.started)
+                        if leaving.blocked:
+                            answer.drop(unit.index)
                         head = answer.head or Head.own(wire.ID_PREFIX, asked.model)
                         for event in wire.events(asked, head, leaving, before):
                             yield event
@@ -98,7 +97,7 @@ class Pipeline:
                 yield event
 
     @asynccontextmanager
-    async def _at_work(self, raw: Json, wire: Wire, visit: Visit) -> AsyncIterator["_Request"]:
+    async def _at_work(self, raw: Json, wire: Wire, visit: Visit) -> AsyncIterator[Request]:
         """A request that is read, admitted and recorded. What the inference service says when it refuses is checked.
 
         Raises:
@@ -109,8 +108,7 @@ class Pipeline:
         async with self._admission.recorded(visit):
             asked = wire.read(raw, self._settings, visit.policy.system_prompt)
             async with self._admission.admitted(visit, asked), self._place():
-                checker = Checker(self._upstreams.classify, visit.policy, visit.note, self._settings.checks_in_flight)
-                request = _Request(asked, visit, checker, self._settings.window_characters)
+                request = Request(asked, visit, self._upstreams, self._settings)
                 try:
                     yield request
                 except PassedOn as refusal:
@@ -127,60 +125,6 @@ class Pipeline:
             yield
         finally:
             self._busy -= 1
-
-
-class _Request:
-    """The decisions on one request, and what they let out."""
-
-    def __init__(self, asked: Asked, visit: Visit, checker: Checker, window_characters: int) -> None:
-        self.asked = asked
-        self._visit = visit
-        self._checker = checker
-        self._window_characters = window_characters
-        self._ledger = Ledger()
-
-    async def decide_prompt(self) -> Decision:
-        """Decide on all that the client sent."""
-        items = prompt_items(self.asked, self._window_characters)
-        decision = await self._checker.decide(items, Direction.PROMPT)
-        self._ledger.record(decision)
-        return decision
-
-    async def decide(self, index: int, texts: list[str]) -> Decision:
-        """Decide on texts of one choice."""
-        items = response_items(self.asked.prompt_of(index), texts, self._window_characters)
-        return await self._checker.decide(items, Direction.RESPONSE)
-
-    def let_out(self, unit: Unit, decision: Decision, *, started: bool = False) -> Unit:
-        """What leaves for a unit that was decided on. The one place where something leaves, or does not.
-
-        ``started`` says that some of the choice has left: then nothing can stand in its place.
-
-        Raises:
-            UncheckedRelease: the unit has more text than was decided on.
-        """
-        for part in unit.parts:
-            self._ledger.record(decision, len(part.text), (unit.index, part.channel))
-            self._ledger.record(decision, len(_told(part)), (unit.index, "tokens"))
-        if not decision.allowed:
-            return instead(unit.index, decision, started=started)
-        for part in unit.parts:
-            self._ledger.release(_told(part), (unit.index, "tokens"))
-        parts = (replace(part, text=self._ledger.release(part.text, (unit.index, part.channel))) for part in unit.parts)
-        leaving = replace(unit, parts=tuple(parts))
-        self._visit.released += [part.text for part in leaving.parts]
-        return leaving
-
-
-def instead(index: int, decision: Decision, *, started: bool = False) -> Unit:
-    """What leaves in place of a choice that may not."""
-    parts = () if started else (Part(index, CONTENT, REFUSAL),)
-    return Unit(index, parts, Finish(BLOCKED), blocked=decision)
-
-
-def _told(part: Part) -> str:
-    """All text in what is told about the tokens."""
-    return "".join(text for token in part.tokens for text in token.texts)
 
 
 @asynccontextmanager

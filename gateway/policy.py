@@ -14,7 +14,7 @@ Each condition and the choice of the worst can only grow with a score, so no hig
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -201,6 +201,11 @@ class Decision:
         return self if self.allowed else replace(self, action=Action.REFUSE)
 
 
+def worst(decisions: Iterable[Decision]) -> Decision:
+    """The decision that lets out least; the first of equal ones."""
+    return max(decisions, key=lambda decision: _MILDEST_FIRST.index(decision.action))
+
+
 def decide(verdicts: Sequence[Verdict], direction: Direction, policy: Policy) -> Decision:
     """Decide on a text from the verdicts on its parts: one unsafe part is enough, and the worst action wins.
 
@@ -217,8 +222,7 @@ def decide(verdicts: Sequence[Verdict], direction: Direction, policy: Policy) ->
         raise UpstreamUnavailable("safety", f"gave no verdict on the {direction}, so it cannot be let through")
     if not findings:
         return Decision(Action.ALLOW, direction)
-    worst = max((finding.action for finding in findings), key=_MILDEST_FIRST.index)
-    action = Action.REFUSE if unscored else worst
+    action = Action.REFUSE if unscored else max((f.action for f in findings), key=_MILDEST_FIRST.index)
     named = tuple(dict.fromkeys(f.category for f in sorted(findings, key=_by_score) if f.category))
     decision = Decision(action, direction, named or _likeliest(verdicts, part))
     return replace(decision, action=Action.ALLOW, shadowed=action) if policy.shadow else decision

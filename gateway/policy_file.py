@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from gateway.policy import Direction, DirectionPolicy, Policy, canonical_sha256, milder
+from gateway.policy import Action, Direction, DirectionPolicy, Policy, canonical_sha256, milder
 from gateway.policy_yaml import Document, Problem, read_document
 from gateway.policy_yaml import Path as FieldPath
 from services.contracts.errors import ConfigError
@@ -88,8 +88,8 @@ def _hashes(routes: Mapping[Route, Policy]) -> dict[str, str]:
     return {route.value: policy.sha256 for route, policy in routes.items()}
 
 
-def read_policies(path: Path) -> PolicySet:
-    """Read and check a policy file.
+def read_policies(path: Path, *, can_revise: bool = True) -> PolicySet:
+    """Read and check a policy file; without ``can_revise`` it may not ask for revisions.
 
     Raises:
         ConfigError: the file cannot be read, or something in it is wrong: one line ``file:line: field: message`` for
@@ -99,10 +99,10 @@ def read_policies(path: Path) -> PolicySet:
         raw = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the policy: {error.strerror}") from error
-    return parse_policies(raw, str(path))
+    return parse_policies(raw, str(path), can_revise=can_revise)
 
 
-def parse_policies(raw: bytes, name: str) -> PolicySet:
+def parse_policies(raw: bytes, name: str, *, can_revise: bool = True) -> PolicySet:
     """Check a policy file's bytes; ``name`` stands in the messages. Raises ConfigError as ``read_policies`` does."""
     document = read_document(raw)
     problems = document.problems
@@ -115,6 +115,7 @@ def parse_policies(raw: bytes, name: str) -> PolicySet:
             problems = problems + [p for d in details if (p := _problem(d, document))[:2] not in refused]
         else:
             problems = problems + list(_without_effect(file, document))
+            problems += [] if can_revise else _revisions(file, document)
     if problems:
         in_order = sorted(set(problems), key=lambda problem: (problem.line, problem.told(name)))
         raise ConfigError("\n".join(problem.told(name) for problem in in_order))
@@ -161,6 +162,25 @@ def _without_effect(file: PolicyFile, document: Document) -> Iterator[Problem]:
             places = [place for place, _ in _layers(file, tenant, route)]
             for direction in Direction:
                 yield from _never_wins(policy.towards(direction), direction, places, document)
+
+
+def _revisions(file: PolicyFile, document: Document) -> Iterator[Problem]:
+    """Fields that ask for revisions, but for those of policies that only record."""
+    message = (
+        "there is no critique service to revise answers; say where it listens by --critique-url or "
+        "FEDWARD_GATEWAY_CRITIQUE_URL, or use redact or refuse"
+    )
+    for tenant in (None, *file.tenants):
+        for route in Route:
+            policy = _effective(file, tenant, route)
+            places = [place for place, _ in _layers(file, tenant, route)]
+            actions: dict[FieldPath, Action | None] = {("response", "action"): policy.response.action}
+            for category, own in policy.response.categories.items():
+                actions["response", "categories", category.value, "action"] = own.action
+            for field, action in actions.items():
+                if action is Action.REVISE and not policy.shadow:
+                    path = (*places[_layer(document, places, field)], *field)
+                    yield Problem(document.lines[path], path, message)
 
 
 def _never_wins(

@@ -8,6 +8,7 @@ from typing import Literal
 from limits import RateLimitItem, parse_many
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
+from services.contracts.chat import Json
 from services.contracts.constitution import describe
 from services.contracts.errors import ConfigError
 
@@ -85,6 +86,12 @@ def read_quotas(path: Path) -> Quotas:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     except ValidationError as error:
         raise ConfigError(f"{path}: {describe(error)}") from error
+
+
+def moderated_characters(body: Json) -> int:
+    """How much text a moderation request has; what is no text is for the safety service to refuse."""
+    texts = body.get("input")
+    return sum(len(text) for text in (texts if isinstance(texts, list) else [texts]) if isinstance(text, str))
 
 
 def estimate_tokens(prompt_characters: int, answer_limit: int) -> int:

@@ -5,7 +5,6 @@ import time
 
 from gateway.admission import Admission
 from gateway.upstreams import INFERENCE, SAFETY, Upstreams
-from services.contracts.errors import FedwardError
 
 PROBE_SECONDS = 1.0
 KEPT_SECONDS = 1.0
@@ -25,17 +24,9 @@ class Readiness:
         """None when both are ready and nothing of the gateway's own is amiss, else the reason in words."""
         async with self._lock:
             if time.monotonic() - self._asked_at > KEPT_SECONDS:
-                reasons = await asyncio.gather(self._probe(SAFETY), self._probe(INFERENCE))
+                reasons = await asyncio.gather(
+                    *(self._upstreams.problem(name, PROBE_SECONDS) for name in (SAFETY, INFERENCE))
+                )
                 self._reason = "; ".join(reason for reason in (*reasons, self._admission.problem) if reason) or None
                 self._asked_at = time.monotonic()
             return self._reason
-
-    async def _probe(self, name: str) -> str | None:
-        try:
-            async with asyncio.timeout(PROBE_SECONDS):
-                await self._upstreams.forward(name, "GET", "/health/ready")
-        except TimeoutError:
-            return f"{name}: no answer within {PROBE_SECONDS:g} s"
-        except FedwardError as error:
-            return error.message
-        return None

@@ -17,8 +17,8 @@ from services.contracts.errors import FedwardError
 
 def decision_header(answer: Json) -> dict[str, str]:
     """The header that names the decision on an answer, or on the first event of a stream."""
-    action = Action.REFUSE if "fedward" in answer else Action.ALLOW
-    return {"x-fedward-decision": action.value}
+    note = answer.get("fedward", {"decision": Action.ALLOW.value})
+    return {"x-fedward-decision": note["decision"]}
 
 
 def error_response(error: FedwardError, wire: Wire) -> Response:

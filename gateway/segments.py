@@ -58,6 +58,17 @@ class Segmenter:
         return 0
 
 
+def segmenter_of(stream: StreamPolicy) -> Segmenter:
+    """How a policy cuts; an answer that leaves as a whole is cut at sentences, where it has to be."""
+    return Segmenter(stream.max_characters, at_sentences=stream.unit is not StreamUnit.CHARACTERS)
+
+
+def pieces_of(text: str, stream: StreamPolicy) -> list[str]:
+    """A text cut into units; joined they are the text."""
+    segmenter = segmenter_of(stream)
+    return [piece for piece in (*segmenter.feed(text), segmenter.rest()) if piece]
+
+
 class Cut(NamedTuple):
     """A part to release when ``texts`` are allowed: they are the part's own and a bounded stretch before it."""
 
@@ -81,7 +92,7 @@ class Channel:
         self._name = name
         self._context_characters = context_characters
         self._whole = stream.unit is StreamUnit.ANSWER
-        self._segmenter = Segmenter(stream.max_characters, at_sentences=stream.unit is StreamUnit.SENTENCE)
+        self._segmenter = segmenter_of(stream)
         self._cut_characters = 0
         self._wordless = ""
         self._last = ""

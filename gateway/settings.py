@@ -28,6 +28,9 @@ class GatewaySettings(Settings, AuthSettings, LimitsSettings, AuditSettings):
     safety_url: AnyHttpUrl = Field(
         default=AnyHttpUrl("http://127.0.0.1:8101"), description="where the safety service listens"
     )
+    critique_url: AnyHttpUrl | None = Field(
+        default=None, description="where the critique service listens; needed by policies that revise answers"
+    )
 
     served_model_name: str = Field(
         default="fedward", description="the inference service's name for the active release; it is always allowed"
@@ -40,12 +43,19 @@ class GatewaySettings(Settings, AuthSettings, LimitsSettings, AuditSettings):
         default=None, description="YAML with thresholds, actions and limits per tenant and route; docs/policy.md"
     )
 
+    console: bool = Field(default=True, description="serve the console at /console")
+
     check_deadline_ms: int = Field(
         default=300, ge=1, le=60_000, description="longest wait for one check; then 503, fail closed"
     )
     connect_seconds: float = Field(default=2.0, gt=0, description="longest wait for a connection to a service")
     generation_seconds: float = Field(default=120.0, gt=0, description="longest wait for a whole answer")
+    revise_seconds: float = Field(default=20.0, gt=0, description="longest wait for a revision; then it is a refusal")
     silence_seconds: float = Field(default=30.0, gt=0, description="longest pause inside a streamed answer")
+    breaker_failures: int = Field(
+        default=5, ge=0, description="leave a service alone after so many failures in a row; 0: never"
+    )
+    breaker_seconds: float = Field(default=5.0, gt=0, description="for so long, then between trial calls")
 
     prompt_threshold: float | None = Field(
         default=None, ge=0, le=1, description="refuse prompts with at least this score; unset: the classifier decides"
@@ -54,7 +64,7 @@ class GatewaySettings(Settings, AuthSettings, LimitsSettings, AuditSettings):
         default=None, ge=0, le=1, description="refuse answers with at least this score; unset: the classifier decides"
     )
 
-    requests_in_flight: int = Field(default=512, ge=1, description="most chat requests at work; beyond it: 429")
+    requests_in_flight: int = Field(default=1024, ge=1, description="most chat requests at work; beyond it: 429")
     message_limit: int = Field(default=100, ge=1, description="most messages in one conversation")
     prompt_limit_characters: int = Field(default=32_000, ge=1, description="most characters in one conversation")
     window_characters: int = Field(

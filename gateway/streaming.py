@@ -83,7 +83,8 @@ class CheckedAnswer:
         settings: limits.
         choices: how many choices were asked for.
 
-    ``head`` and ``usage`` hold what has come of them. Leaving the block cancels reading and checks.
+    ``head`` and ``usage`` hold what has come of them, ``held`` how many characters of each choice wait for their
+    verdict. Leaving the block cancels reading and checks.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class CheckedAnswer:
         self._open = set(range(choices))  # more may come of these
         self._awaited = set(range(choices))  # the last unit of these has not been handed out
         self._dropped: set[int] = set()
-        self._held: Counter[int] = Counter()  # characters of each choice
+        self.held: Counter[int] = Counter()
         self._units: asyncio.Queue[tuple[Unit, asyncio.Task[Decision]] | Exception | None] = asyncio.Queue()
         self._checks: set[asyncio.Task[Decision]] = set()
         self._stopped = False
@@ -138,7 +139,7 @@ class CheckedAnswer:
             if unit.index in self._dropped:
                 continue
             decision = await check
-            self._held[unit.index] -= sum(map(_size, unit.parts))
+            self.held[unit.index] -= sum(map(_size, unit.parts))
             if unit.finish:
                 self._awaited.discard(unit.index)
             return unit, decision
@@ -149,7 +150,7 @@ class CheckedAnswer:
         self._dropped.add(index)
         self._open.discard(index)
         self._awaited.discard(index)
-        self._held[index] = 0
+        self.held[index] = 0
         self._choices[index].stop_waiting()
         if not self._awaited:
             self._over, self.usage = True, None  # not all was counted
@@ -199,9 +200,9 @@ class CheckedAnswer:
             self._start_check(*self._choices[index].end(last, event.finishes[index]))
 
     def _hold(self, part: Part) -> None:
-        self._held[part.index] += _size(part)
+        self.held[part.index] += _size(part)
         limit = self._settings.held_limit_characters
-        if self._held.total() > limit:
+        if self.held.total() > limit:
             raise UpstreamUnavailable("safety", f"more than {limit} characters of the answer wait for their verdict")
 
     def _take_part(self, choice: _Choice, part: Part) -> None:

@@ -2,7 +2,7 @@
 
 httpx's own pool looks at every connection on every call; at 16 calls in flight a call through this one costs about a
 third of the CPU time. Most of the rest is ``httpx.AsyncClient``: giving an ``httpx.Request`` with a ready ``httpx.URL``
-to ``handle_async_request`` without it costs about a ninth.
+to ``handle_async_request`` without it, as ``service.py`` does, costs about a ninth.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ _ERRORS: tuple[tuple[type[BaseException], type[httpx.RequestError]], ...] = (
     (asyncio.TimeoutError, httpx.ReadTimeout),
     (aiohttp.ClientConnectorError, httpx.ConnectError),
     (aiohttp.ClientResponseError, httpx.RemoteProtocolError),
-    (aiohttp.ServerDisconnectedError, httpx.RemoteProtocolError),
+    (aiohttp.ServerDisconnectedError, httpx.ReadError),
     (aiohttp.ClientPayloadError, httpx.RemoteProtocolError),
     (aiohttp.InvalidURL, httpx.UnsupportedProtocol),
     (aiohttp.NonHttpUrlClientError, httpx.UnsupportedProtocol),
@@ -63,7 +63,7 @@ class _AiohttpTransport(httpx.AsyncBaseTransport):
                 request.method,
                 str(request.url),
                 headers=request.headers.multi_items(),
-                data=request.content or None,
+                data=request.read() or None,
                 allow_redirects=False,
                 timeout=timeout,
             )

@@ -1,37 +1,37 @@
-"""The two services behind the gateway. Every failure becomes one error that names the service and quotes nothing.
+"""The services behind the gateway. Every failure becomes one error that names the service and quotes nothing.
 
 Nothing is quoted because the body of a failed answer may hold text that no verdict covers; only the error body of a
-4xx is passed on, and that of the inference service only after a check (``pipeline.py``). Each service has one client
-that lives as long as the app (a new one per request costs 20 times as much).
+4xx is passed on, and that of the inference service only after a check (``pipeline.py``). A service that keeps failing
+is left alone for a moment (``breaker.py``): its calls then fail at once, and no check is ever skipped.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager, suppress
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import httpx
 from pydantic import ValidationError
 
-from gateway.answers import Event
-from gateway.metrics import CHECK_SECONDS, UPSTREAM_CANCELLATIONS
+from gateway.answers import Event, Head, checked_name
+from gateway.asked import Asked
+from gateway.generations import generation
+from gateway.metrics import CHECK_SECONDS
 from gateway.policy import Direction
+from gateway.protocols import Wire
+from gateway.service import BODY_LIMIT, Service
 from gateway.settings import GatewaySettings
 from gateway.sse import DONE, EventTooLarge, SseParser
-from gateway.transport import fast_transport
-from services.common.http import unavailable
+from services.common.spans import span
 from services.contracts.chat import Json, TgiError
+from services.contracts.critique import CritiqueItem, ReviseRequest, ReviseResponse, Revision
 from services.contracts.errors import ErrorBody, ErrorDetail, FedwardError, UpstreamRejected, UpstreamUnavailable
 from services.contracts.verdicts import ClassifyItem, ClassifyRequest, ClassifyResponse, Verdict
 
 INFERENCE = "inference"
 SAFETY = "safety"
-_BODY_LIMIT = 4_000_000
-_JSON = {"content-type": "application/json"}
-_CALLS: set[asyncio.Task[bytes]] = set()  # also those that were given up: the event loop does not keep them alive
-# Shorter than the 5 s after which uvicorn closes an idle connection: a kept one must not die as it is taken.
-_KEEPALIVE_SECONDS = 2.0
+CRITIQUE = "critique"
+ADAPTER_HEADER = "x-fedward-adapter-sha256"
 
 
 class PassedOn(UpstreamRejected):
@@ -61,118 +61,148 @@ def status_of(error: FedwardError) -> int:
 
 
 class Upstreams:
-    """Clients of the inference and safety services; close them when the app ends."""
+    """The inference, safety and critique services, asked; close it when the app ends."""
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._deadlines = {SAFETY: settings.check_deadline_ms / 1000, INFERENCE: settings.silence_seconds}
         self._generation_seconds = settings.generation_seconds
-        self._timeout = httpx.Timeout(settings.silence_seconds, connect=settings.connect_seconds, pool=None)
-        # The first byte of a whole answer comes when the answer is complete: a pause cannot be told from work.
-        self._patient = httpx.Timeout(settings.generation_seconds, connect=settings.connect_seconds, pool=None)
-        self._clients = {
-            name: httpx.AsyncClient(base_url=str(url), transport=fast_transport(_KEEPALIVE_SECONDS), trust_env=False)
-            for name, url in ((INFERENCE, settings.inference_url), (SAFETY, settings.safety_url))
-        }
+        self._silence_seconds = settings.silence_seconds
+        self._revise_seconds = settings.revise_seconds
+        urls = {INFERENCE: settings.inference_url, SAFETY: settings.safety_url, CRITIQUE: settings.critique_url}
+        self._services = {name: Service(name, url, settings) for name, url in urls.items() if url}
 
     async def close(self) -> None:
         """Close all kept connections."""
-        for client in self._clients.values():
-            await client.aclose()
+        for service in self._services.values():
+            await service.close()
+
+    async def problem(self, name: str, seconds: float) -> str | None:
+        """Why a service cannot be asked at present: it says so itself, or it is left alone after failures."""
+        service = self._services[name]
+        try:
+            async with (
+                _within(seconds, name),
+                service.open("GET", "/health/ready", None, patience_seconds=seconds, headers={}) as response,
+            ):
+                await _require_success(service, response)
+        except FedwardError as error:
+            return error.message
+        return f"{name}: {service.breaker.problem}" if service.breaker.problem else None
 
     async def classify(
         self, items: Sequence[ClassifyItem], direction: Direction, deadline_seconds: float
     ) -> list[Verdict]:
         """One verdict per item, within the deadline; raises UpstreamUnavailable for anything else."""
         content = ClassifyRequest(items=list(items)).model_dump_json(exclude_none=True).encode()
-        started = time.perf_counter()
+        safety, started = self._services[SAFETY], time.perf_counter()
         try:
-            answer = await self.forward(SAFETY, "POST", "/v1/classify", content, deadline_seconds=deadline_seconds)
-            verdicts = ClassifyResponse.model_validate_json(answer).verdicts
+            with safety.breaker.watching(), _readable(SAFETY):
+                answer = await self._fetch(safety, "POST", "/v1/classify", content, deadline_seconds)
+                verdicts = ClassifyResponse.model_validate_json(answer).verdicts
+                if len(verdicts) != len(items):
+                    raise UpstreamUnavailable(SAFETY, f"gave {len(verdicts)} verdicts on {len(items)} texts")
         except PassedOn as error:
             raise UpstreamUnavailable(SAFETY, f"answered HTTP {error.status} to a check") from error
-        except ValidationError as error:
-            raise UpstreamUnavailable(SAFETY, "answered something unreadable") from error
         finally:
             CHECK_SECONDS.labels(direction.value).observe(time.perf_counter() - started)
-        if len(verdicts) != len(items):
-            raise UpstreamUnavailable(SAFETY, f"gave {len(verdicts)} verdicts on {len(items)} texts")
         return verdicts
+
+    async def revise(self, item: CritiqueItem) -> Revision:
+        """The critique service's revision of a draft, within ``revise_seconds``; raises UpstreamUnavailable."""
+        content = ReviseRequest(items=[item]).model_dump_json().encode()
+        critique = self._services[CRITIQUE]
+        try:
+            with critique.breaker.watching(), _readable(CRITIQUE):
+                answer = await self._fetch(critique, "POST", "/v1/revise", content, self._revise_seconds)
+                revisions = ReviseResponse.model_validate_json(answer).revisions
+                if len(revisions) != 1:
+                    raise UpstreamUnavailable(CRITIQUE, f"gave {len(revisions)} revisions of one draft")
+        except PassedOn as error:
+            raise UpstreamUnavailable(CRITIQUE, f"answered HTTP {error.status}") from error
+        return revisions[0]
 
     async def forward(
         self, name: str, method: str, path: str, content: bytes | None = None, *, deadline_seconds: float | None = None
     ) -> bytes:
-        """A small request passed on as it is; returns the body of a 2xx.
+        """A small request that changes nothing, passed on as it is; returns the body of a 2xx.
 
         Raises:
-            UpstreamUnavailable: no answer in time, 5xx, or no proper answer at all.
+            UpstreamUnavailable: no answer in time, 5xx, no proper answer at all, or too many of these in a row.
             PassedOn: the service answered 4xx.
         """
+        service = self._services[name]
+        with service.breaker.watching():
+            return await self._fetch(service, method, path, content, deadline_seconds or self._deadlines[name])
 
-        async def call() -> bytes:
-            async with self._open(name, method, path, content) as response:
-                return await _read(name, response)
+    async def about(self, name: str, path: str, seconds: float) -> bytes:
+        """What a service says of itself; raises as ``forward`` does. No request needs it, so no breaker counts it."""
+        return await self._fetch(self._services[name], "GET", path, None, seconds)
 
-        return await _within(deadline_seconds or self._deadlines[name], name, call())
+    async def complete(self, wire: Wire, asked: Asked) -> Event:
+        """A whole answer; raises as ``forward`` does."""
+        service, seconds = self._services[INFERENCE], self._generation_seconds
+        with (
+            service.breaker.watching(),
+            generation(wire.PATH, asked.model, service.address) as told,
+            _readable(INFERENCE),
+        ):
+            # The first byte of a whole answer comes when the answer is complete: a pause cannot be told from work.
+            async with (
+                _within(seconds, INFERENCE),
+                service.open(
+                    "POST", wire.PATH, asked.content, patience_seconds=seconds, headers=told.headers
+                ) as response,
+            ):
+                await _require_success(service, response)
+                body = await service.read(response)
+            event = _headed(wire.read_whole(body), _adapter_of(response))
+            told.take(event)
+            return event
 
-    async def complete(self, path: str, content: bytes, read: Callable[[bytes], Event]) -> Event:
-        """A whole answer, as ``read`` reads it; raises as ``forward`` does."""
-
-        async def call() -> bytes:
-            async with self._open(INFERENCE, "POST", path, content, self._patient) as response:
-                return await _read(INFERENCE, response)
-
-        async with _counted():
-            body = await _within(self._generation_seconds, INFERENCE, call())
-        try:
-            return read(body)
-        except ValidationError as error:
-            raise UpstreamUnavailable(INFERENCE, "answered something unreadable") from error
-
-    async def stream(self, path: str, content: bytes, read: Callable[[str], Event]) -> AsyncGenerator[Event, None]:
+    async def stream(self, wire: Wire, asked: Asked) -> AsyncGenerator[Event, None]:
         """The events of a streamed answer, up to ``[DONE]`` or the end of the body; raises as ``forward`` does."""
-        parser = SseParser(_BODY_LIMIT)
-        try:
-            async with _counted(), self._open(INFERENCE, "POST", path, content) as response:
+        service, parser = self._services[INFERENCE], SseParser(BODY_LIMIT)
+        path, patience = wire.STREAM_PATH, self._silence_seconds
+        with (
+            service.breaker.watching(),
+            generation(path, asked.model, service.address) as told,
+            _readable(INFERENCE, "sent an event that is not a part of an answer"),
+        ):
+            async with service.open(
+                "POST", path, asked.content, patience_seconds=patience, headers=told.headers
+            ) as response:
+                await _require_success(service, response)
+                adapter = _adapter_of(response)
                 async for piece in response.aiter_bytes():
                     for data in parser.feed(piece):
                         if data == DONE:
                             return
-                        yield read(data)
-        except (ValidationError, EventTooLarge) as error:
-            raise UpstreamUnavailable(INFERENCE, "sent an event that is not a part of an answer") from error
+                        event = _headed(wire.read_event(data), adapter)
+                        service.breaker.answering()
+                        told.take(event)
+                        yield event
 
-    @asynccontextmanager
-    async def _open(
-        self, name: str, method: str, path: str, content: bytes | None, patience: httpx.Timeout | None = None
-    ) -> AsyncIterator[httpx.Response]:
-        """An answer of status 2xx, its body still to be read; leaving early closes the connection."""
-        request = self._clients[name].stream(
-            method, path, content=content, headers=_JSON, timeout=patience or self._timeout
-        )
-        try:
-            async with request as response:
-                if not response.is_success:
-                    await _raise_for(name, response)
-                yield response
-        except httpx.RequestError as error:
-            raise unavailable(name, error) from error
+    async def _fetch(self, service: Service, method: str, path: str, content: bytes | None, seconds: float) -> bytes:
+        attributes = {"http.request.method": method, "url.path": path, **service.address}
+        with span(f"{method} {path}", attributes, outgoing=True) as traced:
+            async with (
+                _within(seconds, service.name),
+                service.open(
+                    method, path, content, patience_seconds=seconds, headers=traced.headers(), again=True
+                ) as response,
+            ):
+                traced.note({"http.response.status_code": response.status_code})
+                await _require_success(service, response)
+                return await service.read(response)
 
 
-async def _read(name: str, response: httpx.Response) -> bytes:
-    pieces, size = [], 0
-    async for piece in response.aiter_bytes():
-        pieces.append(piece)
-        size += len(piece)
-        if size > _BODY_LIMIT:
-            raise UpstreamUnavailable(name, f"answered more than {_BODY_LIMIT} bytes")
-    return b"".join(pieces)
-
-
-async def _raise_for(name: str, response: httpx.Response) -> None:
+async def _require_success(service: Service, response: httpx.Response) -> None:
     status = response.status_code
+    if response.is_success:
+        return
     if status < 400 or status >= 500:
-        raise UpstreamUnavailable(name, f"answered HTTP {status}")
-    raise PassedOn(name, status, _detail(await _read(name, response)))
+        raise UpstreamUnavailable(service.name, f"answered HTTP {status}")
+    raise PassedOn(service.name, status, _detail(await service.read(response)))
 
 
 def _detail(body: bytes) -> ErrorDetail | None:
@@ -185,35 +215,29 @@ def _detail(body: bytes) -> ErrorDetail | None:
     return None
 
 
-async def _within(seconds: float, name: str, call: Coroutine[Any, Any, bytes]) -> bytes:
-    """Make a call in a task of its own; give it up after ``seconds``, or when whoever waits for it is cancelled.
+def _adapter_of(response: httpx.Response) -> Head | None:
+    """Who writes, where only a header says so: answers of TGI's protocol have no names in them."""
+    sha256 = checked_name(response.headers.get(ADAPTER_HEADER, ""))
+    return Head("", 0, "", sha256) if sha256 else None
 
-    The limit is on the whole call: httpx's own limits start afresh with every byte. A call is cancelled once and then
-    left alone: httpx that is cancelled again while it closes a connection leaves it open for ever.
-    """
-    task = asyncio.create_task(call)
-    _CALLS.add(task)
-    task.add_done_callback(_ended)
+
+def _headed(event: Event, adapter: Head | None) -> Event:
+    return event if event.head or not adapter else event._replace(head=adapter)
+
+
+@contextmanager
+def _readable(name: str, problem: str = "answered something unreadable") -> Iterator[None]:
     try:
-        await asyncio.wait((task,), timeout=seconds)
-        if not task.done():
-            raise UpstreamUnavailable(name, "no answer within the deadline")
-        return task.result()
-    finally:
-        task.cancel()
-
-
-def _ended(task: asyncio.Task[bytes]) -> None:
-    _CALLS.discard(task)
-    if not task.cancelled():
-        task.exception()  # of a call that was given up nobody asks for it, and asyncio would complain of that
+        yield
+    except (ValidationError, EventTooLarge) as error:
+        raise UpstreamUnavailable(name, problem) from error
 
 
 @asynccontextmanager
-async def _counted() -> AsyncIterator[None]:
-    """Count a generation that is given up before its end."""
+async def _within(seconds: float, name: str) -> AsyncIterator[None]:
+    """A limit on a whole call: those of the transport start afresh with every byte."""
     try:
-        yield
-    except (asyncio.CancelledError, GeneratorExit):
-        UPSTREAM_CANCELLATIONS.inc()
-        raise
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise UpstreamUnavailable(name, "no answer within the deadline") from error

@@ -1,65 +1,85 @@
-"""A file that may change while the gateway runs: read again when it has changed, never exchanged for a broken one."""
+"""Files that may change while the gateway runs: read again when they have changed, never exchanged for broken ones."""
 
-import time
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from services.common.logs import get_logger
 from services.contracts.errors import ConfigError
 
+LOOK_SECONDS = 1.0
+
 T = TypeVar("T")
-Stamp = tuple[int, int, int]
+Stamp = tuple[int, int, int, int] | None
 
 
 class WatchedFile(Generic[T]):
-    """What a file says at present.
+    """What a file says; a new version that is wrong leaves the one before in force, and ``problem`` says why.
 
-    A change that cannot be read leaves the last good content in force, is logged, and stands in ``problem``, which
-    belongs into the readiness answer: the operator hears of a slip of the pen without all clients being locked out.
+    ``current`` is swapped in one step. Take it once per request, so that one request has one version from end to end.
 
     Args:
         path: the file.
-        read: reads it; raises ConfigError when it cannot.
-        look_seconds: how often the file is looked at, at most; a look costs one ``stat``.
+        read: reads it; raises ConfigError when it is wrong.
 
     Raises:
-        ConfigError: it cannot be read the first time.
+        ConfigError: the file is wrong at the start, when there is nothing to fall back on.
     """
 
-    def __init__(self, path: Path, read: Callable[[Path], T], *, look_seconds: float = 1.0) -> None:
+    def __init__(self, path: Path, read: Callable[[Path], T]) -> None:
         self._path = path
         self._read = read
-        self._look_seconds = look_seconds
         # The stamp is taken before reading: a change in between is then seen as one at the next look.
-        self._stamp = self._look()
-        self._value = read(path)
-        self._looked_at = time.monotonic()
-        self.problem: str | None = None
+        self._tried = self._changed = self._stamp()
+        self.current = read(path)
+        self.problem: str | None = None  # why the newest version is not in force; None when it is
 
-    def current(self) -> T:
-        """The content of the last version that could be read."""
-        now = time.monotonic()
-        if now - self._looked_at >= self._look_seconds:
-            self._looked_at = now
-            if (stamp := self._look()) != self._stamp:
-                self._stamp = stamp
-                self._reload()
-        return self._value
+    def look(self) -> None:
+        """Read the file if it has changed and then stayed the same from one look to the next.
+
+        Who writes in place would otherwise be read half-way; half a file can be valid, with its last tenants missing.
+        """
+        stamp = self._stamp()
+        settled, self._changed = stamp == self._changed, stamp
+        if settled and stamp != self._tried:
+            self._tried = stamp
+            self._reload()
 
     def _reload(self) -> None:
         try:
-            self._value = self._read(self._path)
+            self.current = self._read(self._path)
         except ConfigError as error:
-            self.problem = f"{error.message}; the version before it stays in force"
-            get_logger().error("file not reloaded", path=str(self._path), error=error.message)
+            self.problem = error.message
+            get_logger().error("new file refused, the one before it stays in force", error=error.message)
         else:
             self.problem = None
-            get_logger().info("file reloaded", path=str(self._path))
+            get_logger().info("new file in force", path=str(self._path))
 
-    def _look(self) -> Stamp | None:
+    def _stamp(self) -> Stamp:
+        """What changes with the file, also when a symbolic link on the way to it does, as a ConfigMap's ``..data``."""
         try:
             status = self._path.stat()
         except OSError:
             return None
-        return status.st_mtime_ns, status.st_size, status.st_ino
+        return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+
+
+@asynccontextmanager
+async def watching(files: Sequence[WatchedFile[Any]]) -> AsyncIterator[None]:
+    """Look at the files every ``LOOK_SECONDS`` for as long as the block runs."""
+    task = asyncio.create_task(_watch(files))
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def _watch(files: Sequence[WatchedFile[Any]]) -> None:
+    while True:
+        await asyncio.sleep(LOOK_SECONDS)
+        for file in files:
+            await asyncio.to_thread(file.look)

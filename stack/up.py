@@ -30,8 +30,8 @@ def service_plan(safety: int, critique: int, inference: int, *inference_flags: s
 def gateway_plan(port: int, services: list[Service]) -> Service:
     """The gateway in front of those services."""
     urls = {service.name: service.url for service in services}
-    flags = ("--inference-url", urls["inference"], "--safety-url", urls["safety"])
-    return Service("gateway", "gateway", port, flags)
+    flags = [flag for name in ("inference", "safety", "critique") for flag in (f"--{name}-url", urls[name])]
+    return Service("gateway", "gateway", port, tuple(flags))
 
 
 def up(run_dir: Path, release: Path | None, console: Console) -> None:

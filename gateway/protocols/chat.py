@@ -18,9 +18,9 @@ from gateway.answers import (
     Sent,
     Token,
     Unit,
-    blocked_event_note,
-    blocked_notes,
     checked_name,
+    note_on,
+    with_note,
 )
 from gateway.asked import (
     Asked,
@@ -223,7 +223,7 @@ def whole(asked: Asked, head: Head, units: list[Unit], usage: Usage) -> Json:
         calls = _calls(unit.parts)
         message = {"role": "assistant", CONTENT: None if calls else ""} | said | calls
         choices.append(_choice(unit.index, "message", message, unit.tokens(), unit.finish))
-    return headed(head, "chat.completion") | {"choices": choices, "usage": usage.model_dump()} | blocked_notes(units)
+    return headed(head, "chat.completion") | {"choices": choices, "usage": usage.model_dump()} | note_on(units)
 
 
 def events(asked: Asked, head: Head, unit: Unit, sent: Sent) -> list[Json]:
@@ -232,13 +232,15 @@ def events(asked: Asked, head: Head, unit: Unit, sent: Sent) -> list[Json]:
     if unit.blocked:  # what stands in its place and the end in one event, which no client can miss
         text = unit.text()
         delta = role | ({CONTENT: text} if text else {})
-        return [_event(head, unit.index, delta, (), unit.finish) | {"fedward": blocked_event_note(unit.blocked)}]
+        return with_note([_event(head, unit.index, delta, (), unit.finish)], unit)
     written = []
     for part in unit.parts:
         delta = _calls((part,), streamed=True) if part.call else {part.channel: part.text}
         written.append(_event(head, unit.index, role | delta, part.tokens))
         role = {}
-    return [*written, _event(head, unit.index, role, (), unit.finish)] if unit.finish else written
+    if unit.finish:
+        written.append(_event(head, unit.index, role, (), unit.finish))
+    return with_note(written, unit)
 
 
 def usage_events(head: Head, usage: Usage) -> list[Json]:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from gateway.answers import CONTENT, Event, Finish, Head, Part, Sent, Token, Unit, blocked_event_note, blocked_notes
+from gateway.answers import CONTENT, Event, Finish, Head, Part, Sent, Token, Unit, note_on, with_note
 from gateway.asked import Asked, Kind, Turn, check_length, encode_body, has_words, resolve_model
 from gateway.protocols import openai_fields
 from gateway.protocols.openai_fields import AnswerHead, choices_asked, headed, other_fields, token_text
@@ -107,14 +107,14 @@ def read_event(data: str) -> Event:
 def whole(asked: Asked, head: Head, units: list[Unit], usage: Usage) -> Json:
     """The body of a whole answer."""
     choices = [_choice(unit.index, unit.text(), unit.tokens(), unit.finish) for unit in units]
-    return headed(head, "text_completion") | {"choices": choices, "usage": usage.model_dump()} | blocked_notes(units)
+    return headed(head, "text_completion") | {"choices": choices, "usage": usage.model_dump()} | note_on(units)
 
 
 def events(asked: Asked, head: Head, unit: Unit, sent: Sent) -> list[Json]:
     """The event for one unit of a stream."""
     event = headed(head, "text_completion")
     event["choices"] = [_choice(unit.index, unit.text(), unit.tokens(), unit.finish)]
-    return [event | {"fedward": blocked_event_note(unit.blocked)} if unit.blocked else event]
+    return with_note([event], unit)
 
 
 def usage_events(head: Head, usage: Usage) -> list[Json]:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ValidationError
 
-from gateway.answers import CONTENT, Event, Finish, Head, Part, Sent, Token, Unit, blocked_event_note, blocked_notes
+from gateway.answers import CONTENT, REVISED, Event, Finish, Head, Part, Sent, Token, Unit, note_on, with_note
 from gateway.asked import Asked, Kind, Turn, check_length, encode_body, has_words, resolve_model
 from gateway.protocols.openai_fields import text_given
 from gateway.settings import GatewaySettings
@@ -82,7 +82,7 @@ class _Facts(BaseModel):
     seed: int | None = None
 
     def finish(self) -> Finish:
-        return Finish(self.finish_reason, self.model_dump(exclude={"finish_reason"}))
+        return Finish(self.finish_reason, self.model_dump(include={"generated_tokens", "input_length", "seed"}))
 
 
 class _Details(_Facts):
@@ -134,13 +134,13 @@ def whole(asked: Asked, head: Head, units: list[Unit], usage: Usage) -> Json:
         body["details"] = _facts(unit, 0) | {"prefill": [], "tokens": [token.shape["token"] for token in unit.tokens()]}
         tops = [token.shape["top_tokens"] for token in unit.tokens() if "top_tokens" in token.shape]
         body["details"] |= {"top_tokens": tops} if tops else {}
-    return body | blocked_notes(units)
+    return body | note_on(units)
 
 
 def events(asked: Asked, head: Head, unit: Unit, sent: Sent) -> list[Json]:
     """One event for each token; the last one of the answer has the whole text and how it ended."""
     tokens = [token.shape for token in unit.tokens()]
-    if unit.finish and not tokens:  # a blocked answer ends where upstream has no token
+    if not tokens and (unit.finish or unit.changed or sent.repaired):  # text of which no token is told
         text = unit.text()
         tokens = [{"token": {"id": 0, "text": text, "logprob": 0.0, "special": not text}}]
     written: list[Json] = [
@@ -148,11 +148,9 @@ def events(asked: Asked, head: Head, unit: Unit, sent: Sent) -> list[Json]:
         for i, token in enumerate(tokens, start=1)
     ]
     if unit.finish:
-        text = asked.echoed + sent.text + unit.text()
+        text = asked.echoed + sent.texts[CONTENT] + unit.text()
         written[-1] |= {"generated_text": text, "details": {"input_length": 0} | _facts(unit, sent.tokens)}
-    if unit.blocked:
-        written[-1]["fedward"] = blocked_event_note(unit.blocked)
-    return written
+    return with_note(written, unit)
 
 
 def usage_events(head: Head, usage: Usage) -> list[Json]:
@@ -174,4 +172,5 @@ def _facts(unit: Unit, tokens_before: int) -> Json:
     assert unit.finish is not None
     facts = unit.finish.facts or {"generated_tokens": tokens_before + len(unit.tokens()), "seed": None}
     known = {name: value for name, value in facts.items() if value is not None or name == "seed"}
-    return {"finish_reason": unit.finish.reason} | known
+    reason = "eos_token" if unit.finish.reason == REVISED else unit.finish.reason
+    return {"finish_reason": reason} | known

@@ -1,13 +1,22 @@
-"""Giving up work when the client that waits for it goes away."""
+"""Connections: as many as the system allows, and work that is given up when the client who waits for it goes away."""
 
 import asyncio
+import resource
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from starlette.types import Receive
 
 T = TypeVar("T")
 CLIENT_LEFT = 499  # nginx's status for it: nobody reads it, but it shows in the metrics
+
+
+def allow_many_connections() -> None:
+    """Raise this process's limit on open files to the highest it may have: many shells begin with 1,024 of 500,000."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS calls its limit infinite and refuses that number
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class ClientLeft(Exception):

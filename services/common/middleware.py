@@ -4,9 +4,9 @@ Pure ASGI because Starlette's ``BaseHTTPMiddleware`` costs about 0.3 ms a reques
 cancellation.
 """
 
-import json
 import time
 import uuid
+from contextvars import ContextVar
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,6 +15,8 @@ from services.common.connections import CLIENT_LEFT
 from services.common.metrics import REQUESTS, SECONDS
 from services.contracts.errors import BodyTooLarge
 
+# The id of the request at work, for calls of other services on its behalf.
+REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 # Most bytes of an oversized body that are read and thrown away before the connection is closed.
 _THROWN_AWAY = 64_000_000
 
@@ -33,7 +35,7 @@ class BodyLimit:
             return
         announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if not announced.isdigit() or int(announced) > self.limit_bytes:
-            await self._refuse(receive, send)
+            await self._refuse(scope, receive, send)
             return
         body, more = b"", True
         while more:
@@ -43,22 +45,30 @@ class BodyLimit:
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > self.limit_bytes:
-                await self._refuse(receive, send)
+                await self._refuse(scope, receive, send)
                 return
         await self.app(scope, _replay(body, receive), send)
 
-    async def _refuse(self, receive: Receive, send: Send) -> None:
-        """Answer 413, after the rest of the body: many clients read no answer before they have sent all of it."""
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the route answer 413, after the rest of the body: many clients read no answer before they have sent it.
+
+        The app is told of it when it reads the body, so that the answer has the shape of the route's protocol.
+        """
         size, more = 0, True
         while more and size < _THROWN_AWAY:
             message = await receive()
             size += len(message.get("body", b""))
             more = message.get("more_body", False)
-        error = BodyTooLarge(f"the request body is larger than {self.limit_bytes} bytes")
-        content = json.dumps(error.body()).encode()
-        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-        await send({"type": "http.response.start", "status": error.http_status, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
+
+        async def no_body() -> Message:
+            raise BodyTooLarge(f"the request body is larger than {self.limit_bytes} bytes")
+
+        async def send_last(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+            await send(message)
+
+        await self.app(scope, no_body, send_last)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -89,6 +99,7 @@ class Observe:
             return
         request_id = _request_id(scope)
         structlog.contextvars.bind_contextvars(request_id=request_id)
+        REQUEST_ID.set(request_id)
         scope.setdefault("state", {})["request_id"] = request_id
         started, status = time.perf_counter(), CLIENT_LEFT  # until an answer begins, or a bug ends the request
 

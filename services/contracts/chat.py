@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-FinishReason = Literal["stop", "length", "content_filter"]
+FinishReason = Literal["stop", "length", "content_filter", "tool_calls", "function_call"]
 
 
 class ChatMessage(BaseModel):
@@ -107,7 +107,10 @@ class ChatChunk(BaseModel):
 
 
 class GenerateParameters(BaseModel):
-    """TGI's generation parameters, the ones that are honoured; others are ignored as TGI clients expect."""
+    """TGI's generation parameters, the ones that are honoured.
+
+    Others are kept: the gateway passes them on, and the inference service refuses by name those that ask for something.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -130,6 +133,15 @@ class GenerateRequest(BaseModel):
     inputs: str
     parameters: GenerateParameters = Field(default_factory=GenerateParameters)
     stream: bool = False
+
+
+class GenerateAnswer(BaseModel):
+    """Answer of TGI's ``POST /generate``; ``details`` are there when the request asks for them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    generated_text: str
+    details: dict[str, Any] | None = None
 
 
 class TgiError(BaseModel):

@@ -11,6 +11,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
 
+from services.common.api_docs import STREAM, error_responses, whole_or_stream
 from services.common.app import create_app, route_with_errors
 from services.common.connections import while_connected
 from services.contracts.adapters import (
@@ -21,7 +22,7 @@ from services.contracts.adapters import (
     Release,
     UnloadAdapterRequest,
 )
-from services.contracts.chat import ChatCompletion, Completion, GenerateRequest, Json
+from services.contracts.chat import ChatCompletion, Completion, GenerateAnswer, GenerateRequest, Json, TgiError
 from services.contracts.errors import FedwardError
 from services.inference import openai_chat, openai_completions, tgi
 from services.inference.answers import Pieces, all_answers
@@ -49,10 +50,10 @@ def build_app(service: InferenceService) -> FastAPI:
 
 
 def _openai_routes(service: InferenceService) -> APIRouter:
-    router = APIRouter(tags=["openai"])
+    router = APIRouter(tags=["openai"], responses=error_responses(400, 404, 413, 429))
     started = int(time.time())
 
-    @router.post("/v1/chat/completions", response_model=ChatCompletion)
+    @router.post("/v1/chat/completions", responses=whole_or_stream(ChatCompletion))
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Answer a conversation; with ``stream`` as server-sent events."""
         pieces = await service.chat(body, _key(request))
@@ -62,7 +63,7 @@ def _openai_routes(service: InferenceService) -> APIRouter:
         content = openai_chat.completion(pieces, answer, body, service.base.vocabulary)
         return JSONResponse(content, headers=_named(pieces))
 
-    @router.post("/v1/completions", response_model=Completion)
+    @router.post("/v1/completions", responses=whole_or_stream(Completion))
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue raw prompts, or score them; with ``stream`` as server-sent events."""
         all_pieces = await service.complete(body, _key(request))
@@ -87,7 +88,8 @@ def _openai_routes(service: InferenceService) -> APIRouter:
 
 
 def _tgi_routes(service: InferenceService) -> APIRouter:
-    router = APIRouter(tags=["tgi"], route_class=route_with_errors(_tgi_error))
+    errors = error_responses(413, 422, 424, 429, body=TgiError)
+    router = APIRouter(tags=["tgi"], route_class=route_with_errors(_tgi_error), responses=errors)
 
     async def whole(body: GenerateRequest, request: Request, wrap: Callable[[Json], Any]) -> Response:
         started = time.perf_counter()
@@ -100,17 +102,17 @@ def _tgi_routes(service: InferenceService) -> APIRouter:
         pieces = await service.generate(body, streaming=True, key=_key(request))
         return _stream(pieces, tgi.events(pieces, body))
 
-    @router.post("/generate")
+    @router.post("/generate", response_model=GenerateAnswer)
     async def generate(body: GenerateRequest, request: Request) -> Response:
         """Continue a raw prompt."""
         return await whole(body, request, lambda answer: answer)
 
-    @router.post("/generate_stream")
+    @router.post("/generate_stream", response_class=Response, responses=STREAM)
     async def generate_stream(body: GenerateRequest, request: Request) -> Response:
         """Continue a raw prompt, one event for each token."""
         return await streamed(body, request)
 
-    @router.post("/")
+    @router.post("/", responses=whole_or_stream(list[GenerateAnswer]))
     async def generate_either(body: GenerateRequest, request: Request) -> Response:
         """The route of Hugging Face's clients: ``stream`` picks; a whole answer comes in an array."""
         return await streamed(body, request) if body.stream else await whole(body, request, lambda answer: [answer])
@@ -124,7 +126,7 @@ def _tgi_routes(service: InferenceService) -> APIRouter:
 
 
 def _adapter_routes(service: InferenceService) -> APIRouter:
-    router = APIRouter(tags=["adapters"])
+    router = APIRouter(tags=["adapters"], responses=error_responses(400, 404, 409))
     adapters = service.adapters
 
     @router.post("/v1/load_lora_adapter")

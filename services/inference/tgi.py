@@ -8,7 +8,7 @@ import json
 from collections.abc import AsyncIterator
 
 from services.contracts.chat import GenerateRequest, Json, TgiError
-from services.contracts.errors import FedwardError, Overloaded, RequestError
+from services.contracts.errors import BodyTooLarge, FedwardError, Overloaded, RequestError
 from services.inference.answers import Answer, Pieces
 from services.inference.generation import Finish, Piece
 from services.inference.service import MAX_STOPS, InferenceService
@@ -56,7 +56,7 @@ def error_body(error: FedwardError) -> tuple[int, Json]:
     """HTTP status and body in TGI's terms."""
     status, kind = 424, "generation"
     if isinstance(error, RequestError):
-        status, kind = 422, "validation"
+        status, kind = 413 if isinstance(error, BodyTooLarge) else 422, "validation"
     elif isinstance(error, Overloaded):
         status, kind = 429, "overloaded"
     return status, TgiError(error=error.message, error_type=kind).model_dump()

@@ -4,12 +4,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import Counter
 
-from services.common.app import create_app, invalid_request, on_fedward_error
+from services.common.api_docs import error_responses
+from services.common.app import create_app, route_with_errors
 from services.common.connections import while_connected
 from services.contracts.errors import FedwardError, RequestError, UnknownModel
 from services.contracts.verdicts import ClassifierInfo, ClassifyItem, ClassifyRequest, ClassifyResponse, Verdict
@@ -19,6 +19,7 @@ from services.safety.detectors import (
     ContentAnalysis,
     ContentAnalysisRequest,
     Detection,
+    DetectorError,
     GenerationDetectionRequest,
     content_detections,
     detector_error,
@@ -74,49 +75,41 @@ def build_app(settings: SafetySettings, backend: Backend) -> FastAPI:
         """Which classifier runs, at which thresholds, measured how."""
         return backend.info()
 
-    _add_detector_routes(app, backend, classify_all)
+    app.include_router(_detector_routes(backend, classify_all))
     return app
 
 
-def _add_detector_routes(app: FastAPI, backend: Backend, classify_all: ClassifyAll) -> None:
+def _detector_routes(backend: Backend, classify_all: ClassifyAll) -> APIRouter:
     """The guardrails orchestrator's detector API, which has an error body of its own."""
+    errors = error_responses(413, 422, 429, 503, body=DetectorError)
+    router = APIRouter(tags=["detector"], route_class=route_with_errors(_detector_error), responses=errors)
 
-    @app.post("/api/v1/text/contents", tags=["detector"])
+    @router.post("/api/v1/text/contents")
     async def contents(body: ContentAnalysisRequest, request: Request) -> list[list[ContentAnalysis]]:
         """What is found in each text."""
         verdicts = await classify_all(request, body.items(), "contents") if body.items() else []
         return content_detections(body, verdicts, backend.info().category_thresholds)
 
-    @app.post("/api/v1/text/chat", tags=["detector"])
+    @router.post("/api/v1/text/chat")
     async def chat(body: ChatDetectionRequest, request: Request) -> list[Detection]:
         """What is found in a conversation, judged by its last turn."""
         (verdict,) = await classify_all(request, [body.item()], "messages")
         return findings(verdict, backend.info().category_thresholds, body.threshold)
 
-    @app.post("/api/v1/text/generation", tags=["detector"])
+    @router.post("/api/v1/text/generation")
     async def generation(body: GenerationDetectionRequest, request: Request) -> list[Detection]:
         """What is found in a generated text, with the prompt that led to it."""
         (verdict,) = await classify_all(request, [body.item()], "generation")
         return findings(verdict, backend.info().category_thresholds, body.threshold)
 
-    @app.get("/health", tags=["detector"])
+    @router.get("/health")
     async def health() -> str:
         """The process runs."""
         return "ok"
 
-    app.add_exception_handler(FedwardError, _on_fedward_error)
-    app.add_exception_handler(RequestValidationError, _on_invalid_request)
+    return router
 
 
-async def _on_fedward_error(request: Request, error: Exception) -> Response:
-    """The detector API has an error body of its own."""
-    if not request.url.path.startswith("/api/"):
-        return await on_fedward_error(request, error)
-    assert isinstance(error, FedwardError)
+def _detector_error(error: FedwardError) -> Response:
     told = detector_error(error)
     return JSONResponse(told.model_dump(), status_code=told.code)
-
-
-async def _on_invalid_request(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    return await _on_fedward_error(request, invalid_request(request, error))

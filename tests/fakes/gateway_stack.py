@@ -22,6 +22,7 @@ PATIENT: dict[str, Any] = {
     "silence_seconds": 1.5,
     "generation_seconds": 4.0,
     "unit_idle_ms": 400,
+    "breaker_failures": 0,  # they are asked by tests of many failures
 }
 HASTY_CHECKS = PATIENT | {"check_deadline_ms": 200}
 HASTY_MODEL = PATIENT | {"silence_seconds": 0.2, "generation_seconds": 0.5}
@@ -55,10 +56,10 @@ class Stack:
 @contextmanager
 def gateway(inference_url: str, safety_url: str, limits: dict[str, Any] = PATIENT) -> Iterator[str]:
     """A gateway in a thread; gives its URL."""
-    values = limits | {"inference_url": inference_url, "safety_url": safety_url, "held_limit_characters": 3000}
-    values |= {"served_model_name": "fake", "allowed_models": ("other", MARKER)}
+    values: dict[str, Any] = {"inference_url": inference_url, "safety_url": safety_url, "held_limit_characters": 3000}
+    values |= {"served_model_name": "fake", "allowed_models": ("other", MARKER)} | limits
     with TemporaryDirectory() as folder:
-        values["audit_url"] = f"sqlite:///{folder}/audit.db"
+        values.setdefault("audit_url", f"sqlite:///{folder}/audit.db")
         with serving(build_app(GatewaySettings(**values))) as url:
             yield url
 

@@ -1,4 +1,4 @@
-"""A fake inference service and a fake safety service on real sockets, which fail in every way a test asks for.
+"""Fake inference, safety and critique services on real sockets, which fail in every way a test asks for.
 
 The fake classifier calls a text unsafe if and only if it contains ``MARKER``, which is a harmless word.
 """
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import chain, repeat, zip_longest
 from typing import Any, NamedTuple
 
 import uvicorn
@@ -40,9 +40,13 @@ def serving(app: Any) -> Iterator[str]:
 
 
 @contextmanager
-def raw_server(answer: bytes) -> Iterator[str]:
-    """A server that answers every connection with these bytes and resets it; gives its URL."""
+def raw_server(*answers: bytes, received: list[bytes] | None = None) -> Iterator[str]:
+    """A server that answers each connection with the next of these bytes, or the last, and closes it; gives its URL.
+
+    What it is sent is added to ``received``.
+    """
     listener = socket.create_server(("127.0.0.1", 0))
+    coming = chain(answers, repeat(answers[-1]))
 
     def run() -> None:
         while True:
@@ -51,8 +55,10 @@ def raw_server(answer: bytes) -> Iterator[str]:
             except OSError:
                 return
             with connection:
-                connection.recv(65536)
-                connection.sendall(answer)
+                sent = connection.recv(65536)
+                if received is not None:
+                    received.append(sent)
+                connection.sendall(next(coming))
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
@@ -80,9 +86,12 @@ class Reply:
     """One HTTP answer being sent."""
 
     send: Send
+    adapter: str = ""
 
     async def start(self, status: int = 200, kind: str = "application/json") -> None:
         headers = [(b"content-type", kind.encode())]
+        if self.adapter:
+            headers.append((b"x-fedward-adapter-sha256", self.adapter.encode()))
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def body(self, data: bytes, *, more: bool = True) -> None:
@@ -95,11 +104,16 @@ class Reply:
 
 @dataclass
 class Fake:
-    """What both fakes share: a fault to show, readiness, a record of the requests, and how many are at work."""
+    """What both fakes share: a fault to show, readiness, a record of the requests, and how many are at work.
+
+    ``adapter`` is what the header of every answer names; ``headers`` are those of the last request.
+    """
 
     fault: str | None = None
     ready: bool = True
+    adapter: str = ""
     requests: list[Any] = field(default_factory=list)
+    headers: dict[str, str] = field(default_factory=dict)
     at_work: int = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -118,9 +132,10 @@ class Fake:
             body += message.get("body", b"")
             if not message.get("more_body"):
                 break
-        reply = Reply(send)
+        reply = Reply(send, self.adapter)
         if scope["path"] == "/health/ready":
             return await reply.json({"status": "ready" if self.ready else "not ready"}, 200 if self.ready else 503)
+        self.headers = {name.decode(): value.decode() for name, value in scope["headers"]}
         working = asyncio.create_task(self.handle(scope["path"], json.loads(body) if body else None, reply))
         leaving = asyncio.create_task(_next(receive))
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -186,8 +201,11 @@ class FakeSafety(Fake):
     seen: dict[str, int] = field(default_factory=lambda: {"prompt": 0, "response": 0})
 
     async def handle(self, path: str, body: Any, reply: Reply) -> None:
+        if path == "/v1/model":
+            return await reply.json({"model_id": "fake", "tier": "ngram", "sha256": "c" * 64, "threshold": 0.5})
         if path == "/v1/moderations":
-            return await reply.json({"id": "modr-1", "model": "fake", "results": [moderation(body["input"])]})
+            found = moderation(json.dumps(body.get("input")))
+            return await reply.json({"id": "modr-1", "model": "fake", "results": [found]})
         self.requests.append(body)
         # A prompt check is told by its first item: the first message is never the assistant's in these tests.
         direction = "response" if "response" in body["items"][0] else "prompt"
@@ -228,6 +246,29 @@ def verdict(item: Any) -> dict[str, Any]:
 def moderation(text: str) -> dict[str, Any]:
     unsafe = MARKER in text
     return {"flagged": unsafe, "categories": {"violence": unsafe}, "category_scores": {"violence": float(unsafe)}}
+
+
+@dataclass
+class FakeCritique(Fake):
+    """Answers every draft with the same revision, within ``delay`` seconds."""
+
+    revision: str = "Here is a better answer."
+    revised: bool = True
+    rejected_because: str | None = None
+    delay: float = 0.0
+
+    async def handle(self, path: str, body: Any, reply: Reply) -> None:
+        assert path == "/v1/revise"
+        self.requests.append(body)
+        await asyncio.sleep(self.delay)
+        if self.fault == "too few":
+            return await reply.json({"revisions": []})
+        if self.fault:
+            return await self.fail(reply, json.dumps(body)[1:-1].replace('"', "'"))
+        names = {"principle_id": "no-harm", "constitution_sha256": "c" * 64, "model_id": "fake"}
+        critique = {"critique": "Problem: it is about music.", "problem": True, **names}
+        revision = {"revision": self.revision, "revised": self.revised, "rejected_because": self.rejected_because}
+        return await reply.json({"revisions": [revision | {"critique": critique}]})
 
 
 class Step(NamedTuple):
@@ -282,13 +323,15 @@ class FakeInference(Fake):
             return await reply.json({"object": "list", "data": cards})
         if path == "/info":
             return await reply.json({"model_id": "fake", "router": "fake"})
+        if path == "/v1/release":
+            return await reply.json({"served_model": "fake", "adapter": "round-2", "sha256": "a" * 64})
         self.requests.append(body)
         self.started_at = time.monotonic()
         shape: Shape = {"/v1/chat/completions": ChatShape, "/v1/completions": TextShape}.get(path, TgiShape)(self)
         try:
             if (model := body.get("model") or body.get("parameters", {}).get("adapter_id", "fake")) != "fake":
                 await reply.json(shape.error(f"no model {model}", "model_not_found"), 404)
-            elif self.fault and self.fault_at == 0:
+            elif self.fault and self.fault_at == 0 and self.fault != "two choices":  # that one is an answer
                 await self.fail(reply, self.text)
             elif path == "/generate_stream" or body.get("stream"):
                 await self._stream(shape, reply)
@@ -314,8 +357,7 @@ class FakeInference(Fake):
                 return await self._break(shape, reply, step)
             await self._send(reply, [shape.piece(step)])
         await asyncio.sleep(self.pause(len(self.steps())))
-        if self.fault != "no finish":
-            await self._send(reply, shape.end())
+        await self._send(reply, shape.end())
         return await reply.body(b"" if isinstance(shape, TgiShape) else b"data: [DONE]\n\n", more=False)
 
     async def _break(self, shape: "Shape", reply: Reply, step: Step) -> None:
@@ -327,6 +369,10 @@ class FakeInference(Fake):
                 await asyncio.sleep(60)
             case "garbage":
                 await reply.body(f"data: <html>{step.text}\n\n".encode(), more=False)
+            case "schema":
+                await reply.body(sse({"choices": step.text, "token": step.text}), more=False)
+            case "no finish":
+                await reply.body(b"data: [DONE]\n\n", more=False)
             case "end":
                 await reply.body(f"data: {step.text}".encode(), more=False)
             case "error event":

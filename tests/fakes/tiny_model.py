@@ -95,6 +95,14 @@ def build_tiny_adapter(
     return file_sha256(path / WEIGHTS)
 
 
+def build_tiny_folder(folder: Path, *, pinned: bool = False) -> Path:
+    """Write a tiny model to ``tiny`` and two adapters of it to ``adapters/{r1,r2}``; returns ``folder``."""
+    model = build_tiny_model(folder / "tiny")
+    for seed in (1, 2):
+        build_tiny_adapter(folder / "adapters" / f"r{seed}", model, seed=seed, pinned=pinned)
+    return folder
+
+
 def write_manifest(path: Path, *, base_sha256: str, round_number: int = 1) -> None:
     """Write the manifest that fits the weights now lying in ``path``."""
     manifest = AdapterManifest(

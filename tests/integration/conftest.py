@@ -1,9 +1,10 @@
-"""The running gateways that several test files share."""
+"""What several test files share: the running gateways, and clients of the service at a file's own fixture ``url``."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
 
 import httpx
+import openai
 import pytest
 from prometheus_client import REGISTRY
 
@@ -17,6 +18,18 @@ from tests.fakes.gateway_stack import (
     wait_for,
 )
 from tests.fakes.gateway_upstreams import FakeInference, FakeSafety, serving
+
+
+@pytest.fixture
+def http(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")

@@ -116,6 +116,7 @@ def assert_closed_by_filter(parts: list[Any], *, nothing_released: bool) -> None
     reason = "The answer was classified as unsafe: Violent crimes (S1)."
     assert parts[-2]["fedward"] == {
         "blocked": True,
+        "decision": "refuse",
         "direction": "response",
         "categories": ["S1"],
         "reason": reason,
@@ -336,6 +337,25 @@ def test_metrics_count_decisions_and_show_that_nothing_left_unchecked(stack: Sta
     text = stack.client.get("/metrics").text
     assert f"{UNCHECKED} {REGISTRY.get_sample_value(UNCHECKED)}" in text
     assert "fedward_gateway_check_seconds_count" in text
+
+
+def test_generations_are_measured_by_the_genai_conventions(stack: Stack) -> None:
+    def sample(name: str, **more: str) -> float:
+        labels = {"gen_ai_operation_name": "chat", "gen_ai_request_model": "fake"} | more
+        return REGISTRY.get_sample_value(f"gen_ai_client_{name}", labels) or 0
+
+    def samples() -> list[float]:
+        whole, failed = ({"error_type": name} for name in ("", "UpstreamUnavailable"))
+        tokens = [sample("token_usage_sum", gen_ai_token_type=kind) for kind in ("input", "output")]
+        return [sample("operation_duration_seconds_count", **kind) for kind in (whole, failed)] + tokens
+
+    before = samples()
+    stack.answer([BLAND], usage=True)
+    for stream in (False, True):
+        assert stack.ask(stream=stream).status_code == 200
+    stack.answer([BLAND], fault="500")
+    assert stack.ask().status_code == 503
+    assert [after - b for after, b in zip(samples(), before, strict=True)] == [2, 1, 6, 8]
 
 
 # The process

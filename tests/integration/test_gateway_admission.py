@@ -34,6 +34,9 @@ tenants:
 LIMITS = """\
 [tenants.few]
 requests = "2/hour"
+[tenants.moderator]
+requests = "3/hour"
+tokens = "100/hour"
 """
 
 
@@ -65,7 +68,7 @@ class Door(NamedTuple):
 def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
     folder = tmp_path_factory.mktemp("door")
     file, secrets = folder / "keys.json", {}
-    for tenant in ("strict", "trial", "slow", "guided", "few", "plain"):
+    for tenant in ("strict", "trial", "slow", "guided", "few", "moderator", "plain"):
         secrets[tenant] = create_key(file, tenant)
     (folder / "policy.yaml").write_text(POLICY)
     (folder / "limits.toml").write_text(LIMITS)
@@ -142,6 +145,32 @@ def test_request_is_recorded_with_its_decisions_and_without_its_text(door: Door)
     assert b"rivers" not in door.audit.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {}),
+        ("/v1/chat/completions", {"stream": True}),
+        ("/generate", {"inputs": "Hello"}),
+        ("/generate_stream", {"inputs": "Hello"}),
+    ],
+)
+def test_adapter_that_answered_is_recorded_in_every_protocol(door: Door, path: str, body: dict[str, Any]) -> None:
+    door.inference.adapter = "ab" * 32
+    assert door.post("plain", path, **body).status_code == 200
+    record = door.records("plain")[0]
+    assert record["model"] == "fake"
+    assert record["adapter_sha256"] == ("adapter-1" if "chat" in path else "ab" * 32)  # what the body says comes first
+
+
+def test_services_are_asked_under_the_id_of_the_request(door: Door) -> None:
+    header = door.header("plain") | {"x-request-id": "visitor 7"}
+    answer = httpx.post(f"{door.url}/v1/chat/completions", json=chat_body(), headers=header)
+    assert answer.headers["x-request-id"] == "visitor 7"
+    assert door.inference.headers["x-request-id"] == door.safety.headers["x-request-id"] == "visitor 7"
+    assert "authorization" not in door.inference.headers
+    assert "authorization" not in door.safety.headers
+
+
 def test_blocked_answer_is_recorded_as_refused(door: Door) -> None:
     door.inference.pieces = ["Now ", MARKER, "."]
     assert door.post("plain", stream=True).status_code == 200
@@ -191,6 +220,28 @@ def test_requests_over_the_limit_are_told_when_to_come_again(door: Door) -> None
     with few as client, pytest.raises(RateLimitError, match="limit of requests met"):
         client.chat.completions.create(model="fake", messages=[{"role": "user", "content": "Hello"}])
     assert [record.get("error") for record in door.records("few")[:2]] == ["rate_limit_exceeded"] * 2
+
+
+def test_moderations_count_with_their_text_and_lists_of_models_do_not(door: Door) -> None:
+    for path in ("/v1/models", "/v1/models/fake"):
+        assert httpx.get(door.url + path, headers=door.header("moderator")).status_code == 200
+    first = door.post("moderator", "/v1/moderations", input=["a" * 20, "b" * 20])
+    assert first.json()["results"][0]["flagged"] is False
+    assert first.headers["x-ratelimit-remaining-requests"] == "2"
+    assert first.headers["x-ratelimit-remaining-tokens"] == "90"
+    long = door.post("moderator", "/v1/moderations", input="a" * 400)
+    assert (long.status_code, long.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    for status in (200, 200, 429):
+        assert door.post("moderator", "/v1/moderations", input="fine").status_code == status
+    assert [record.get("error") for record in door.records("moderator")[:2]] == ["rate_limit_exceeded", None]
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/"])
+def test_body_over_the_limit_is_refused_in_tgis_words(door: Door, path: str) -> None:
+    refused = door.post("plain", path, inputs="a" * 4_000_001)
+    assert refused.status_code == 413
+    assert refused.json().keys() == {"error", "error_type"}
+    assert refused.json()["error_type"] == "validation"
 
 
 def test_stream_may_be_asked_for_by_whatever_means_true(door: Door) -> None:

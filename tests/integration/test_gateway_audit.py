@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from structlog.testing import capture_logs
 
 from gateway.audit import AuditLog, AuditSettings
-from gateway.audit_records import AuditRecord, AuditRow
+from gateway.audit_records import AuditRecord, AuditRow, Place
 from gateway.audit_store import AuditStore
 from gateway.audit_verify import main, verify
 from services.contracts.errors import ConfigError, UpstreamUnavailable
@@ -160,6 +160,25 @@ def test_export_by_tenant_and_time(url: str, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["request_id"] for line in lines] == ["2"]
     assert lines[0]["seq"] == 2
+
+
+def test_rows_of_one_moment_in_two_chains_are_paged_through(url: str) -> None:
+    async def work(audit: AuditLog) -> None:
+        for i in (1, 2, 3):
+            await audit.record(record(i, "acme").model_copy(update={"at": "2026-01-01T00:00:00.000Z"}))
+
+    run(url, work)
+    run(url, work)
+    store = AuditStore(url)
+    pages, before = [], None
+    while page := store.recent(2, "acme", before):
+        pages.append(page)
+        before = Place(page[-1].at, page[-1].seq, page[-1].chain)
+    store.close()
+    rows = [row for page in pages for row in page]
+    assert [len(page) for page in pages] == [2, 2, 2]
+    assert [row.seq for row in rows] == [3, 3, 2, 2, 1, 1]
+    assert len({(row.chain, row.seq) for row in rows}) == 6
 
 
 def test_verify_reports_and_exit_codes(sqlite_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

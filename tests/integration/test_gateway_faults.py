@@ -1,5 +1,7 @@
 """The gateway when a service fails or the client goes away: an error with nothing unchecked before it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -7,6 +9,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from tests.fakes.gateway_stack import (
+    PATIENT,
     Stack,
     assert_ended_by_error,
     assert_nothing_leaked,
@@ -19,17 +22,37 @@ from tests.fakes.gateway_stack import (
     wait_for,
     words,
 )
-from tests.fakes.gateway_upstreams import BLAND, MARKER, closed_port, raw_server, serving
+from tests.fakes.gateway_upstreams import BLAND, MARKER, Fake, closed_port, raw_server, serving
+from tests.meta.test_import_layers import ROOT
 
-# Faults: the classifier
+# The table
 
 
-CLASSIFIER_FAULTS = ["500", "400", "redirect", "hang", "garbage", "schema", "reset", "drip", "unscored", "too few"]
+def published_table() -> dict[str, dict[str, str]]:
+    """What the document promises: by column, what comes of each fault."""
+    section = (ROOT / "docs/gateway.md").read_text().split("## Failures\n")[1]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {name: {row[0]: row[i] for row in rows if row[i]} for i, name in enumerate(head) if i}
+
+
+TABLE = published_table()
+DEMANDED = {"down", "500", "hang", "drip", "garbage", "schema", "reset"}
+
+
+def faults(column: str, outcome: str) -> list[str]:
+    return [fault for fault, promised in TABLE[column].items() if promised == outcome and fault != "down"]
+
+
+def test_table_has_every_fault_that_has_to_be_handled() -> None:
+    assert set(TABLE["classifier, at first"]) >= DEMANDED
+    assert set(TABLE["model, at first"]) >= DEMANDED
+    assert {outcome for column in TABLE.values() for outcome in column.values()} == {"503", "error event", "passed on"}
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("direction", ["prompt", "response"])
-@pytest.mark.parametrize("fault", CLASSIFIER_FAULTS)
+@pytest.mark.parametrize("fault", faults("classifier, at first", "503"))
 def test_classifier_fault_before_the_first_byte_is_503(stack: Stack, fault: str, direction: str, stream: bool) -> None:
     stack.answer(words(60, 25, sentence=6))
     stack.break_safety(fault, direction)
@@ -39,7 +62,7 @@ def test_classifier_fault_before_the_first_byte_is_503(stack: Stack, fault: str,
 @pytest.mark.parametrize(
     ("where", "released"), [({"text": "word6"}, 6), ({"after": 4}, 12)], ids=["mid-stream", "whole-answer check"]
 )
-@pytest.mark.parametrize("fault", CLASSIFIER_FAULTS)
+@pytest.mark.parametrize("fault", faults("classifier, in a stream", "error event"))
 def test_classifier_fault_after_the_first_byte_ends_with_an_error(
     stack: Stack, fault: str, where: dict[str, Any], released: int
 ) -> None:
@@ -51,30 +74,14 @@ def test_classifier_fault_after_the_first_byte_ends_with_an_error(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_unreachable_classifier_is_503(stack: Stack, stream: bool) -> None:
-    with serving(stack.inference) as inference_url, gateway(inference_url, closed_port()) as url:
-        response = httpx.post(f"{url}/v1/chat/completions", json=chat_body(stream=stream))
-    assert_unavailable(response, "safety")
-
-
-def test_slow_classifier_within_its_deadline_only_delays(stack: Stack) -> None:
-    stack.safety.delay = 0.1
-    stack.answer(words(30, sentence=6))
-    assert said(events(stack.ask(stream=True))) == stack.inference.text
-
-
-# Faults: the model
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("fault", ["500", "redirect", "hang", "garbage", "schema", "reset", "drip"])
+@pytest.mark.parametrize("fault", faults("model, at first", "503"))
 def test_model_fault_before_the_first_byte_is_503(stack: Stack, fault: str, stream: bool) -> None:
     stack.answer(words(60, 25, sentence=6), fault=fault)
     hasty_with = "inference" if fault in ("hang", "drip") else ""
     assert_unavailable(stack.ask(stream=stream, hasty_with=hasty_with), "inference")
 
 
-@pytest.mark.parametrize("fault", ["reset", "hang", "garbage", "end", "error event", "two choices", "drip"])
+@pytest.mark.parametrize("fault", faults("model, in a stream", "error event"))
 def test_model_fault_after_the_first_byte_ends_with_an_error(stack: Stack, fault: str) -> None:
     stack.answer([*words(24, sentence=6), MARKER], fault=fault, fault_at=24)
     response = stack.ask(stream=True)
@@ -82,16 +89,23 @@ def test_model_fault_after_the_first_byte_ends_with_an_error(stack: Stack, fault
     assert_ended_by_error(events(response), "inference")
 
 
-def test_stream_without_a_finish_reason_gets_no_finish(stack: Stack) -> None:
-    stack.answer(words(12, sentence=6), fault="no finish", fault_at=99)
-    parts = events(stack.ask(stream=True))
-    assert_ended_by_error(parts, "inference")
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("service", ["safety", "inference"])
+def test_service_that_is_down_is_503(stack: Stack, service: str, stream: bool) -> None:
+    with serving(stack.inference) as inference_url, serving(stack.safety) as safety_url:
+        urls = {"inference": inference_url, "safety": safety_url, service: closed_port()}
+        with gateway(urls["inference"], urls["safety"]) as url:
+            response = httpx.post(f"{url}/v1/chat/completions", json=chat_body(stream=stream))
+    assert_unavailable(response, service)
 
 
-def test_two_answers_where_one_was_asked_for_are_refused(stack: Stack) -> None:
-    stack.answer([BLAND], fault="two choices", fault_at=99)
-    response = stack.ask()
-    assert response.status_code == 503
+# More of the same
+
+
+def test_slow_classifier_within_its_deadline_only_delays(stack: Stack) -> None:
+    stack.safety.delay = 0.1
+    stack.answer(words(30, sentence=6))
+    assert said(events(stack.ask(stream=True))) == stack.inference.text
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -106,13 +120,6 @@ def test_model_that_speaks_no_http_is_503(stack: Stack, answer: bytes, stream: b
         serving(stack.safety) as safety_url,
         gateway(inference_url, safety_url) as url,
     ):
-        response = httpx.post(f"{url}/v1/chat/completions", json=chat_body(stream=stream))
-    assert_unavailable(response, "inference")
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_unreachable_model_is_503(stack: Stack, stream: bool) -> None:
-    with serving(stack.safety) as safety_url, gateway(closed_port(), safety_url) as url:
         response = httpx.post(f"{url}/v1/chat/completions", json=chat_body(stream=stream))
     assert_unavailable(response, "inference")
 
@@ -179,6 +186,69 @@ def test_more_requests_than_places_are_refused_until_one_is_free(stack: Stack) -
         wait_for(lambda: stack.inference.cancelled >= 1)
         stack.answer([BLAND], pause=lambda _: 0)
         wait_for(lambda: ask(False).status_code == 200)
+
+
+# A service that keeps failing
+
+
+@contextmanager
+def with_breaker(stack: Stack, seconds: float, failures: int = 2) -> Iterator[httpx.Client]:
+    limits = PATIENT | {"breaker_failures": failures, "breaker_seconds": seconds}
+    with (
+        serving(stack.inference) as inference_url,
+        serving(stack.safety) as safety_url,
+        gateway(inference_url, safety_url, limits) as url,
+        httpx.Client(base_url=url, timeout=20) as client,
+    ):
+        yield client
+
+
+def ask(client: httpx.Client, **fields: Any) -> httpx.Response:
+    return client.post("/v1/chat/completions", json=chat_body(**fields))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("service", ["safety", "inference"])
+def test_service_that_keeps_failing_is_not_called(stack: Stack, service: str, stream: bool) -> None:
+    fake: Fake = getattr(stack, service)
+    fake.fault = "500"
+    with with_breaker(stack, seconds=600) as client:
+        assert client.get("/health/ready").status_code == 200
+        for _ in range(2):
+            assert "answered HTTP 500" in ask(client, stream=stream).json()["error"]["message"]
+        fake.fault, fake.requests[:] = None, []
+        response = ask(client, stream=stream)
+        assert_unavailable(response, service)
+        assert "left alone for a moment after 2 failures" in response.json()["error"]["message"]
+        assert fake.requests == []
+        wait_for(lambda: client.get("/health/ready").status_code == 503)
+        assert client.get("/health/ready").json()["reason"].startswith(f"{service}: left alone")
+        assert REGISTRY.get_sample_value("fedward_gateway_breaker_open", {"upstream": service}) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("service", ["safety", "inference"])
+def test_service_that_answers_a_trial_call_is_called_again(stack: Stack, service: str, stream: bool) -> None:
+    fake: Fake = getattr(stack, service)
+    fake.fault = "500"
+    with with_breaker(stack, seconds=0.2) as client:
+        for _ in range(3):
+            ask(client, stream=stream)
+        fake.fault = None
+        wait_for(lambda: ask(client, stream=stream).status_code == 200)
+        assert ask(client).status_code == 200
+        assert REGISTRY.get_sample_value("fedward_gateway_breaker_open", {"upstream": service}) == 0
+
+
+def test_neither_a_client_that_leaves_nor_a_refused_request_is_a_failure(stack: Stack) -> None:
+    stack.answer([BLAND], pause=lambda _: 60)
+    with with_breaker(stack, seconds=600, failures=1) as client:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{client.base_url}/v1/chat/completions", json=chat_body(), timeout=0.5)
+        wait_for(lambda: stack.inference.cancelled >= 1)
+        assert ask(client, model="other").status_code == 404
+        stack.answer([BLAND], pause=lambda _: 0)
+        assert ask(client).status_code == 200
 
 
 # The client goes away

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from services.contracts.adapters import CONFIG
 from services.inference.__main__ import main
 from tests.fakes.model_servers import serving, serving_inference
-from tests.fakes.tiny_model import build_tiny_adapter, build_tiny_model
+from tests.fakes.tiny_model import build_tiny_adapter, build_tiny_folder
 from tests.fakes.vllm_server import FakeVllm
 
 ASK = [{"role": "user", "content": "How do I bake bread?"}]
@@ -27,23 +27,13 @@ Shas = dict[str, str]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model in ``tiny`` and two adapters in ``adapters/{r1,r2}``."""
-    folder = tmp_path_factory.mktemp("release")
-    model = build_tiny_model(folder / "tiny")
-    for seed in (1, 2):
-        build_tiny_adapter(folder / "adapters" / f"r{seed}", model, seed=seed, pinned=True)
-    return folder
+    return build_tiny_folder(tmp_path_factory.mktemp("release"), pinned=True)
 
 
 @pytest.fixture
 def url(folder: Path) -> Iterator[str]:
     with serving_inference(folder / "tiny", adapters_dir=folder / "adapters") as url:
         yield url
-
-
-@pytest.fixture
-def http(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, timeout=30) as client:
-        yield client
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from services.contracts.adapters import file_sha256
 from services.contracts.chat import ChatChunk, ChatCompletion
 from services.inference.__main__ import main
 from tests.fakes.model_servers import serving_inference, start_inference, wait_for_url
-from tests.fakes.tiny_model import build_tiny_adapter, build_tiny_model
+from tests.fakes.tiny_model import build_tiny_folder
 
 ASK = [{"role": "user", "content": "How do I bake bread?"}]
 
@@ -28,29 +28,13 @@ ASK = [{"role": "user", "content": "How do I bake bread?"}]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model in ``tiny`` and two adapters in ``adapters/{r1,r2}``."""
-    folder = tmp_path_factory.mktemp("inference")
-    model = build_tiny_model(folder / "tiny")
-    for seed in (1, 2):
-        build_tiny_adapter(folder / "adapters" / f"r{seed}", model, seed=seed)
-    return folder
+    return build_tiny_folder(tmp_path_factory.mktemp("inference"))
 
 
 @pytest.fixture(scope="module")
 def url(folder: Path) -> Iterator[str]:
     with serving_inference(folder / "tiny", adapters_dir=folder / "adapters") as url:
         yield url
-
-
-@pytest.fixture
-def http(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, timeout=20) as client:
-        yield client
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def base_sha256(folder: Path) -> str:

@@ -73,6 +73,7 @@ SERVING = {
     ("internet", "gateway", 8080),
     ("gateway", "safety", 8101),
     ("gateway", "inference", 8103),
+    ("gateway", "critique", 8102),
     ("evaluation", "safety", 8101),
     ("evaluation", "inference", 8103),
     ("gateway", "dns", 53),

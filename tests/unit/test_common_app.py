@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 import time
 import urllib.error
@@ -11,11 +12,12 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import Request
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
 from prometheus_client import REGISTRY
 from pydantic import BaseModel
 
-from services.common.app import create_app
+from services.common.app import create_app, route_with_errors
 from services.common.connections import while_connected
 from services.common.settings import Settings
 from services.contracts.errors import ErrorBody, Overloaded, QuotaExceeded, Unauthorized
@@ -64,6 +66,10 @@ def build() -> Any:
     async def slow(request: Request) -> None:
         await while_connected(request.receive, asyncio.sleep(60))
 
+    terse = route_with_errors(lambda error: JSONResponse({"terse": error.code}, status_code=error.http_status))
+    router = APIRouter(route_class=terse)
+    router.add_api_route("/terse", read_bytes, methods=["POST"])
+    app.include_router(router)
     return app
 
 
@@ -94,8 +100,8 @@ def post(url: str, content: bytes, headers: dict[str, str] = JSON) -> httpx.Resp
     ("content", "headers", "message"),
     [
         (b"{", JSON, "the request body is not valid JSON"),
-        (b'{"text": "\xff"}', JSON, "POST /echo: There was an error parsing the body"),
-        (b"[" * 50_000 + b"]" * 50_000, JSON, "POST /echo: There was an error parsing the body"),
+        (b'{"text": "\xff"}', JSON, "the request body is not valid JSON"),
+        (b"[" * 50_000 + b"]" * 50_000, JSON, "the request body is not valid JSON"),
         (b"[]", JSON, "body: Input should be a valid dictionary"),
         (b'{"text": "hi"}', {}, "body: not read as JSON; send it with the header 'content-type: application/json'"),
         (b"{}", JSON, "text: Field required"),
@@ -162,6 +168,28 @@ def test_oversized_body_of_unknown_length_is_413(url: str) -> None:
 def assert_too_large(response: httpx.Response) -> None:
     assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
     assert "larger than 100000 bytes" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "code"),
+    [
+        (b" " * (LIMIT + 1), 413, "body_too_large"),
+        (b"{", 400, "invalid_request"),
+        (b'{"text": "\xff"}', 400, "invalid_request"),
+        (b'{"text": "\\ud800"}', 400, "invalid_request"),
+    ],
+)
+def test_route_with_words_of_its_own_tells_every_refusal_in_them(
+    url: str, content: bytes, status: int, code: str
+) -> None:
+    response = post(f"{url}/terse", content)
+    assert (response.status_code, response.json()) == (status, {"terse": code})
+
+
+def test_metrics_count_the_tasks_at_work(url: str) -> None:
+    found = re.search(r"^fedward_asyncio_tasks (\S+)$", httpx.get(f"{url}/metrics").text, flags=re.MULTILINE)
+    assert found
+    assert float(found[1]) >= 1
 
 
 @pytest.mark.parametrize(("given", "kept"), [("abc-1", True), ("", False), ("a" * 129, False)])

@@ -9,6 +9,7 @@ from gateway.policy import Action, Decision, Direction
 
 PROMPT = Decision(Action.ALLOW, Direction.PROMPT)
 ALLOW = Decision(Action.ALLOW, Direction.RESPONSE)
+REDACT = Decision(Action.REDACT, Direction.RESPONSE)
 REFUSE = Decision(Action.REFUSE, Direction.RESPONSE)
 
 
@@ -21,7 +22,7 @@ def ledger() -> Ledger:
 @pytest.mark.parametrize("lane", [(1, "content"), (0, "reasoning"), (1, "reasoning")])
 def test_allowance_of_one_lane_is_none_for_another(lane: Lane) -> None:
     kept = ledger()
-    kept.record(ALLOW, 5, lane)
+    kept.record(ALLOW, "hello", lane)
     with pytest.raises(UncheckedRelease):
         kept.release("hello")
     assert kept.release("hello", lane) == "hello"
@@ -30,27 +31,47 @@ def test_allowance_of_one_lane_is_none_for_another(lane: Lane) -> None:
 def test_refused_choice_releases_nothing_more() -> None:
     kept = ledger()
     for lane in ((0, "content"), (0, "tool_calls"), (1, "content")):
-        kept.record(ALLOW, 5, lane)
-    kept.record(REFUSE, 9, (0, "content"))
-    kept.record(ALLOW, 9, (0, "content"))
+        kept.record(ALLOW, "hello", lane)
+    kept.record(REFUSE, "and more", (0, "content"))
+    kept.record(ALLOW, "and more", (0, "content"))
     assert kept.release("hello", (1, "content")) == "hello"
     for channel in ("content", "tool_calls"):
         with pytest.raises(UncheckedRelease):
             kept.release("hello", (0, channel))
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 2), st.integers(0, 9))))
-def test_never_more_leaves_than_was_allowed(steps: list[tuple[bool, int, int]]) -> None:
+@pytest.mark.parametrize("action", [Action.REDACT, Action.REVISE, Action.REFUSE])
+def test_text_that_is_not_allowed_never_leaves_though_others_of_its_length_may(action: Action) -> None:
     kept = ledger()
-    allowed, released = [0, 0, 0], [0, 0, 0]
-    for is_release, index, size in steps:
-        if not is_release:
-            kept.record(ALLOW, size, (index, "content"))
-            allowed[index] += size
-            continue
-        try:
-            kept.release("x" * size, (index, "content"))
-            released[index] += size
-        except UncheckedRelease:
-            assert released[index] + size > allowed[index], "what was allowed leaves"
-        assert released[index] <= allowed[index]
+    kept.record(Decision(action, Direction.RESPONSE), "a bad one")
+    if action is not Action.REFUSE:
+        kept.record(ALLOW, "[removed]")
+    with pytest.raises(UncheckedRelease):
+        kept.release("a bad one")
+
+
+def test_order_counts() -> None:
+    kept = ledger()
+    kept.record(ALLOW, "one two ")
+    with pytest.raises(UncheckedRelease):
+        kept.release("two ")
+    assert kept.release("one ") == "one "
+    assert kept.release("two ") == "two "
+
+
+@given(st.lists(st.tuples(st.sampled_from("arl"), st.integers(0, 2), st.text("xy", max_size=3))))
+def test_nothing_leaves_but_what_was_allowed(steps: list[tuple[str, int, str]]) -> None:
+    """Steps: a text is allowed, is to be redacted, or is about to leave, each in one of three choices."""
+    kept = ledger()
+    allowed, released = ["", "", ""], ["", "", ""]
+    for step, index, text in steps:
+        lane = (index, "content")
+        if step == "l":
+            try:
+                released[index] += kept.release(text, lane)
+            except UncheckedRelease:
+                assert not allowed[index].startswith(released[index] + text), "what was allowed leaves"
+        else:
+            kept.record(ALLOW if step == "a" else REDACT, text, lane)
+            allowed[index] += text if step == "a" else ""
+        assert allowed[index].startswith(released[index])

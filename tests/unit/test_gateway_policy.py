@@ -244,26 +244,26 @@ def decision(action: Action, direction: Direction) -> Decision:
 def test_ledger_lets_out_what_was_allowed() -> None:
     ledger = Ledger()
     ledger.record(decision(Action.ALLOW, Direction.PROMPT))
-    ledger.record(decision(Action.ALLOW, Direction.RESPONSE), 5)
+    ledger.record(decision(Action.ALLOW, Direction.RESPONSE), "hello")
     assert ledger.release("hello") == "hello"
 
 
 @pytest.mark.parametrize(
-    ("decisions", "unchecked"),
+    "decisions",
     [
-        ([], 5),
-        ([(Action.ALLOW, Direction.PROMPT)], 5),
-        ([(Action.REFUSE, Direction.PROMPT), (Action.ALLOW, Direction.RESPONSE)], 5),
-        ([(Action.ALLOW, Direction.PROMPT), (Action.REFUSE, Direction.RESPONSE)], 5),
-        ([(Action.ALLOW, Direction.PROMPT), (Action.ALLOW, Direction.RESPONSE)], 2),
+        [],
+        [(Action.ALLOW, Direction.PROMPT)],
+        [(Action.REFUSE, Direction.PROMPT), (Action.ALLOW, Direction.RESPONSE)],
+        [(Action.ALLOW, Direction.PROMPT), (Action.REFUSE, Direction.RESPONSE)],
+        [(Action.ALLOW, Direction.PROMPT), (Action.ALLOW, Direction.RESPONSE)],
     ],
 )
-def test_ledger_withholds_what_no_decision_covers(decisions: list[tuple[Action, Direction]], unchecked: int) -> None:
+def test_ledger_withholds_what_no_decision_covers(decisions: list[tuple[Action, Direction]]) -> None:
     name = "fedward_gateway_characters_released_before_verdict_total"
     before = REGISTRY.get_sample_value(name) or 0
     ledger = Ledger()
     for action, direction in decisions:
-        ledger.record(decision(action, direction), 3)
+        ledger.record(decision(action, direction), "hel")
     with pytest.raises(UncheckedRelease):
         ledger.release("hello")
-    assert REGISTRY.get_sample_value(name) == before + unchecked
+    assert REGISTRY.get_sample_value(name) == before + len("hello")

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+from functools import partial
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -14,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-import gateway.policy_reload
+import gateway.watched_file
 from gateway.__main__ import main
 from gateway.policy import Action, CategoryPolicy, DirectionPolicy, Policy, StreamPolicy
 from gateway.policy_file import PolicySet, Route, parse_policies, read_policies
-from gateway.policy_reload import PolicyInForce
 from gateway.policy_yaml import LIMIT_BYTES
+from gateway.watched_file import WatchedFile, watching
 from services.contracts.errors import ConfigError
 from tests.meta.test_import_layers import ROOT
 
@@ -286,11 +287,11 @@ def policy_text(deadline: int) -> str:
     return f"schema_version: 1\ndefault: {{check_deadline_ms: {deadline}}}\n"
 
 
-def deadline_of(policies: PolicyInForce) -> int:
+def deadline_of(policies: WatchedFile[PolicySet]) -> int:
     return policies.current.of(None, Route.CHAT).check_deadline_ms
 
 
-def look_until_settled(policies: PolicyInForce) -> None:
+def look_until_settled(policies: WatchedFile[PolicySet]) -> None:
     policies.look()
     policies.look()
 
@@ -303,7 +304,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_changed_file_comes_into_force_once_it_stays_the_same(file: Path) -> None:
-    policies = PolicyInForce(file)
+    policies = WatchedFile(file, read_policies)
     file.write_text("schema_version: 1\n")  # as if half of it were written
     policies.look()
     assert deadline_of(policies) == 100
@@ -315,7 +316,7 @@ def test_changed_file_comes_into_force_once_it_stays_the_same(file: Path) -> Non
 
 
 def test_replaced_file_comes_into_force_even_with_the_old_time_and_size(file: Path) -> None:
-    policies = PolicyInForce(file)
+    policies = WatchedFile(file, read_policies)
     new = file.with_name("new.yaml")
     new.write_text(policy_text(200))
     status = file.stat()
@@ -332,7 +333,7 @@ def test_swapped_link_of_a_config_map_comes_into_force(tmp_path: Path) -> None:
         (folder / "policy.yaml").write_text(policy_text(number * 100))
     (tmp_path / "..data").symlink_to("..revision_1")
     (tmp_path / "policy.yaml").symlink_to("..data/policy.yaml")
-    policies = PolicyInForce(tmp_path / "policy.yaml")
+    policies = WatchedFile(tmp_path / "policy.yaml", read_policies)
     assert deadline_of(policies) == 100
 
     (tmp_path / "..data_tmp").symlink_to("..revision_2")
@@ -343,35 +344,76 @@ def test_swapped_link_of_a_config_map_comes_into_force(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("broken", ["schema_version: 1\ndefault: {shadow: 3}\n", "", None])
 def test_broken_file_leaves_the_old_policy_in_force_and_is_told_once(file: Path, broken: str | None) -> None:
-    policies = PolicyInForce(file)
+    policies = WatchedFile(file, read_policies)
     before = policies.current
     file.unlink() if broken is None else file.write_text(broken)
     with structlog.testing.capture_logs() as logs:
         for _ in range(5):
             policies.look()
     assert policies.current is before
-    assert policies.error is not None
-    assert str(file) in policies.error
-    assert [(log["log_level"], log["error"]) for log in logs] == [("error", policies.error)]
+    assert policies.problem is not None
+    assert str(file) in policies.problem
+    assert [(log["log_level"], log["error"]) for log in logs] == [("error", policies.problem)]
 
     file.write_text(policy_text(300))
     look_until_settled(policies)
     assert deadline_of(policies) == 300
-    assert policies.error is None
+    assert policies.problem is None
 
 
 def test_broken_file_at_the_start_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read the policy: No such file"):
-        PolicyInForce(tmp_path / "none.yaml")
+        WatchedFile(tmp_path / "none.yaml", read_policies)
+
+
+REVISING = """\
+schema_version: 1
+default:
+  response: {action: redact}
+routes:
+  chat:
+    response: {categories: {S4: {threshold: 0.2, action: revise}}}
+tenants:
+  lab:
+    response: {action: revise}
+  trial:
+    shadow: true
+    response: {action: revise}
+  strict:
+    response: {action: refuse, categories: {S4: {action: refuse}}}
+"""
+
+
+def test_revisions_need_a_critique_service_where_they_are_carried_out() -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_policies(REVISING.encode(), "p", can_revise=False)
+    told = [line.split(": there is no critique service")[0] for line in error.value.message.splitlines()]
+    assert told == ["p:6: routes.chat.response.categories.S4.action", "p:9: tenants.lab.response.action"]
+    assert "--critique-url" in error.value.message
+    assert parse_policies(REVISING.encode(), "p").of("lab", Route.CHAT).response.action is Action.REVISE
+    harmless = REVISING.replace("action: revise", "action: redact")
+    assert parse_policies(harmless.encode(), "p", can_revise=False)
+
+
+def test_new_file_that_revises_without_a_critique_service_is_not_taken(file: Path) -> None:
+    read = partial(read_policies, can_revise=False)
+    policies = WatchedFile(file, read)
+    file.write_text(REVISING)
+    look_until_settled(policies)
+    assert deadline_of(policies) == 100
+    assert policies.problem is not None
+    assert "there is no critique service" in policies.problem
+    with pytest.raises(ConfigError, match="there is no critique service"):
+        WatchedFile(file, read)
 
 
 def test_watching_brings_a_new_file_into_force(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gateway.policy_reload, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(gateway.watched_file, "LOOK_SECONDS", 0.01)
 
-    policies = PolicyInForce(file)
+    policies = WatchedFile(file, read_policies)
 
     async def run() -> None:
-        async with policies.watching(), asyncio.timeout(10):
+        async with watching([policies]), asyncio.timeout(10):
             while deadline_of(policies) != 200:  # noqa: ASYNC110  # there is no event to wait for: a user only sees it
                 await asyncio.sleep(0.01)
         assert asyncio.all_tasks() == {asyncio.current_task()}

@@ -48,10 +48,14 @@ def test_no_setting_is_added_without_this_test_being_told() -> None:
     shared = {*Settings.model_fields, *AuthSettings.model_fields, *LimitsSettings.model_fields}
     assert sorted(set(GatewaySettings.model_fields) - shared - set(AuditSettings.model_fields)) == [
         "allowed_models",
+        "breaker_failures",
+        "breaker_seconds",
         "check_deadline_ms",
         "checks_in_flight",
         "connect_seconds",
+        "console",
         "context_characters",
+        "critique_url",
         "generation_seconds",
         "held_limit_characters",
         "inference_url",
@@ -61,6 +65,7 @@ def test_no_setting_is_added_without_this_test_being_told() -> None:
         "prompt_threshold",
         "requests_in_flight",
         "response_threshold",
+        "revise_seconds",
         "safety_url",
         "served_model_name",
         "silence_seconds",

@@ -4,8 +4,8 @@ import asyncio
 import inspect
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
@@ -70,24 +70,6 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
         while not condition():  # noqa: ASYNC110  (looks into another thread)
             await asyncio.sleep(0.005)
-
-
-@contextmanager
-def recording_server(answer: bytes) -> Iterator[tuple[str, list[bytes]]]:
-    """A server of one connection that keeps what it is sent; gives its URL and that."""
-    listener, received = socket.create_server(("127.0.0.1", 0)), list[bytes]()
-
-    def run() -> None:
-        connection, _ = listener.accept()
-        with connection:
-            received.append(connection.recv(65536))
-            connection.sendall(answer)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    with listener:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", received
-        thread.join(timeout=5)
 
 
 def test_many_calls_one_after_the_other_and_at_once_are_each_answered_with_their_own_body() -> None:
@@ -307,7 +289,8 @@ def test_without_a_client_only_the_headers_that_were_given_are_sent() -> None:
             response = await made.handle_async_request(request)
             return await response.aread()
 
-    with recording_server(HEAD + b"content-length: 2\r\n\r\n[]") as (url, received):
+    received: list[bytes] = []
+    with raw_server(HEAD + b"content-length: 2\r\n\r\n[]", received=received) as url:
         assert asyncio.run(run(url)) == b"[]"
     head, body = received[0].split(b"\r\n\r\n")
     lines = head.decode().lower().split("\r\n")

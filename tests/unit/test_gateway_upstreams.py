@@ -1,17 +1,18 @@
-"""Calls that are given up: whatever the moment and however often, no connection stays open and no service at work."""
+"""Calls of services: given up without leaving anything behind, and made again only where nothing can come of it."""
 
 import asyncio
 from typing import Any
 
 import pytest
 
+from gateway.asked import Asked
 from gateway.policy import Direction
 from gateway.protocols import chat
 from gateway.settings import GatewaySettings
 from gateway.upstreams import Upstreams
 from services.contracts.errors import UpstreamUnavailable
 from services.contracts.verdicts import ClassifyItem
-from tests.fakes.gateway_upstreams import FakeInference, FakeSafety, serving
+from tests.fakes.gateway_upstreams import FakeInference, FakeSafety, raw_server, serving
 
 DEADLINE = 0.4
 
@@ -21,7 +22,7 @@ def classify(upstreams: Upstreams) -> Any:
 
 
 def complete(upstreams: Upstreams) -> Any:
-    return upstreams.complete(chat.PATH, b'{"model": "fake", "stream": false}', chat.read_whole)
+    return upstreams.complete(chat, Asked("fake", (), (), b'{"model": "fake", "stream": false}', stream=False))
 
 
 @pytest.mark.parametrize("call", [classify, complete])
@@ -59,3 +60,43 @@ def test_call_that_is_given_up_leaves_nothing_behind(call: Any, cancellations: i
     with serving(safety) as safety_url, serving(inference) as inference_url:
         asyncio.run(run(safety_url, inference_url))
     assert len(safety.requests) + len(inference.requests) >= 2, "the calls had reached the service"
+
+
+VERDICT = b'{"verdicts": [{"outcome": "safe", "score": 0.1, "model_id": "fake"}]}'
+GOOD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(VERDICT), VERDICT)
+CUT = GOOD[:-9]
+DOWN = b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("call", "answers", "calls", "good"),
+    [
+        (classify, [b"", GOOD], 2, True),
+        (classify, [b"", b"", GOOD], 2, False),
+        (classify, [CUT, GOOD], 1, False),
+        (classify, [DOWN, GOOD], 1, False),
+        (complete, [b"", GOOD], 1, False),
+    ],
+    ids=["check", "only once", "not after a head", "not after an error", "never a generation"],
+)
+def test_call_is_made_again_when_the_connection_ends_before_an_answer(
+    call: Any, answers: list[bytes], calls: int, good: bool
+) -> None:
+    received: list[bytes] = []
+
+    async def run(url: str) -> None:
+        settings = GatewaySettings.model_validate({"safety_url": url, "inference_url": url, "check_deadline_ms": 5000})
+        upstreams = Upstreams(settings)
+        try:
+            if good:
+                assert [verdict.model_id for verdict in await call(upstreams)] == ["fake"]
+            else:
+                with pytest.raises(UpstreamUnavailable):
+                    await call(upstreams)
+        finally:
+            await upstreams.close()
+
+    with raw_server(*answers, received=received) as url:
+        asyncio.run(run(url))
+    assert len(received) == calls
+    assert len(set(received)) == 1

@@ -18,6 +18,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from gateway.settings import GatewaySettings
+from services.common.settings import load_settings
 from services.contracts.errors import AdapterError, ConfigError, UpstreamUnavailable
 from stack import release
 from stack.__main__ import main
@@ -28,7 +30,7 @@ from stack.processes import ProcessFailed
 from stack.progress import Stages
 from stack.release import ALLOWED, BLOCKED, show_chats, write_chats
 from stack.results import markdown_table, per_run_table, run_all, spread
-from stack.up import describe_model, service_plan
+from stack.up import describe_model, gateway_plan, service_plan
 from tests.fakes.gateway_upstreams import closed_port, serving
 from tests.meta.test_import_layers import ROOT
 from trainer.config import RunConfig, default_run_config, parse_run_config
@@ -162,6 +164,13 @@ def run_config(plan: DemoPlan, arm: str) -> RunConfig:
     )  # fmt: skip
     path = write_run_config(plan, service_plan(1, 2, 3), data, arm)
     return parse_run_config(default_run_config(ROOT / "pyproject.toml") | tomllib.loads(path.read_text("utf-8")))
+
+
+def test_gateway_is_told_where_every_service_listens() -> None:
+    plan = gateway_plan(4, service_plan(1, 2, 3))
+    settings = load_settings(GatewaySettings, "gateway", "", plan.flags)
+    urls = (settings.safety_url, settings.critique_url, settings.inference_url)
+    assert [url.port if url else None for url in urls] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("arm", ARMS)
