@@ -6,9 +6,9 @@ back, so that a crash changes nothing of the round's result; ``lost-node-seconds
 
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
@@ -19,6 +19,7 @@ from trainer.aggregation import TooFewClients
 from trainer.config import RunConfig
 
 log = logging.getLogger("flwr")
+PULLED_AT_ONCE = 8  # replies; the others wait at the SuperLink, so that memory does not grow with their number
 POLL_SECONDS = 0.5  # Grid.send_and_receive would look every 3 s only
 GRACE_SECONDS = 60.0  # a message expires this long after its round; a reply within it is counted, not used
 CLIENT_NAME = "client-"  # a key registered as client-3 is client 3's, whatever its node says
@@ -30,13 +31,18 @@ LOST = {
 }
 
 
-@dataclass
-class Asked:
-    """A message that waits for its reply: to which node, and since when that node was connected."""
+class Asked(NamedTuple):
+    """Whose reply is waited for, and since when that node was connected."""
 
-    message: Message
     node: int
     connected_since: str
+
+
+class Lost(NamedTuple):
+    """A node that was lost: when (monotonic seconds), and what the SuperLink said of it."""
+
+    since: float
+    reply: Message | None
 
 
 @dataclass
@@ -97,7 +103,8 @@ class Fleet:
     def _learn(self, present: dict[int, int], nodes: Mapping[int, Any]) -> None:
         """Add the client numbers of nodes that are not yet known: by the name of their key, or by asking them."""
         unknown = sorted(nodes.keys() - present.keys())
-        replies = self.ask([node for node in unknown if not nodes[node].name], MessageType.QUERY, RecordDict())
+        unnamed = {node: RecordDict() for node in unknown if not nodes[node].name}
+        replies = dict(self.ask(unnamed, MessageType.QUERY))
         for node in unknown:
             try:
                 client_id = (
@@ -111,53 +118,60 @@ class Fleet:
                 continue
             present[node] = client_id
 
-    def ask(self, nodes: Collection[int], message_type: str, content: RecordDict) -> dict[int, Message]:
-        """Send the same message to each node, and wait for the replies; a node that gave none is not in the result.
+    def ask(self, contents: Mapping[int, RecordDict], message_type: str) -> Iterator[tuple[int, Message | None]]:
+        """Send each node its message; yields each node with its reply as it comes, at last those that gave none.
 
         A node that is lost is asked again when it is back. Replies are told apart by the message that they reply to:
         an error reply that the SuperLink makes for a node that is gone has no node of its own.
         """
-        replies: dict[int, Message] = {}
-        lost: dict[int, float] = {}  # since when, by node id
-        pending = self._push(nodes, message_type, content)
+        lost: dict[int, Lost] = {}
+        pending = self._push(contents, message_type)
         deadline = time.monotonic() + self.config.round_timeout_seconds
         while pending or lost:
             there = connected(self.grid)
-            for reply in self.grid.pull_messages(list(pending)):
+            for reply in self._pull(list(pending)):
                 node = pending.pop(reply.metadata.reply_to_message_id).node
-                replies[node] = reply
                 if reply.has_error() and reply.error.code in LOST:
-                    lost.setdefault(node, time.monotonic())
+                    lost.setdefault(node, Lost(time.monotonic(), reply))
                 else:
                     lost.pop(node, None)
+                    yield node, reply
             for message_id, asked in list(pending.items()):
                 # It was restarted under the same identity, and knows nothing of what it was asked before.
                 if asked.node in there and there[asked.node].last_activated_at != asked.connected_since:
                     del pending[message_id]
-                    lost.setdefault(asked.node, time.monotonic())
+                    lost.setdefault(asked.node, Lost(time.monotonic(), None))
             now = time.monotonic()
             idle = lost.keys() - {asked.node for asked in pending.values()}
-            for node in [node for node in idle if now - lost[node] >= self.config.lost_node_seconds]:
-                del lost[node]
+            for node in sorted(idle):
+                if now - lost[node].since >= self.config.lost_node_seconds:
+                    yield node, lost.pop(node).reply
             if back := sorted(node for node in idle & lost.keys() if node in there):
                 log.warning("asking %d node(s) again that were lost and are back", len(back))
-                pending |= self._push(back, message_type, content)
+                pending |= self._push({node: contents[node] for node in back}, message_type)
             if now > deadline:
                 break
             if pending or lost:
                 time.sleep(POLL_SECONDS)
         self.late |= {message_id: self.clients.get(asked.node, -1) for message_id, asked in pending.items()}
-        return replies
+        for node in sorted({asked.node for asked in pending.values()} | lost.keys()):
+            yield node, lost[node].reply if node in lost else None
 
-    def _push(self, nodes: Collection[int], message_type: str, content: RecordDict) -> dict[str, Asked]:
+    def _push(self, contents: Mapping[int, RecordDict], message_type: str) -> dict[str, Asked]:
         there = connected(self.grid)
         ttl = self.config.round_timeout_seconds + GRACE_SECONDS
-        messages = [Message(content, dst_node_id=node, message_type=message_type, ttl=ttl) for node in nodes]
-        ids = list(self.grid.push_messages(messages)) if messages else []
+        messages = [
+            Message(content, dst_node_id=node, message_type=message_type, ttl=ttl) for node, content in contents.items()
+        ]
+        ids = self.grid.push_messages(messages) if messages else []
         return {
-            message_id: Asked(message, node, there[node].last_activated_at if node in there else "")
-            for message_id, message, node in zip(ids, messages, nodes, strict=True)
+            message_id: Asked(node, there[node].last_activated_at if node in there else "")
+            for message_id, node in zip(ids, contents, strict=True)
         }
+
+    def _pull(self, message_ids: Sequence[str]) -> Iterator[Message]:
+        for start in range(0, len(message_ids), PULLED_AT_ONCE):
+            yield from self.grid.pull_messages(message_ids[start : start + PULLED_AT_ONCE])
 
     def count_late(self) -> list[int]:
         """The clients whose replies to an earlier round have come meanwhile; each is told once."""

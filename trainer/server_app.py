@@ -170,7 +170,8 @@ def send_adapter(
     """Send the adapter to the sampled clients and check what comes back. A bad reply costs its client the round."""
     arrays = ArrayRecord({name: Array(array) for name, array in adapter.items()})
     order = ConfigRecord({"round": round_number, "base-model-sha256": base_model_sha256})
-    replies = fleet.ask(sampled, MessageType.TRAIN, RecordDict({"arrays": arrays, "config": order}))
+    content = RecordDict({"arrays": arrays, "config": order})
+    replies = dict(fleet.ask(dict.fromkeys(sampled, content), MessageType.TRAIN))
     expected = TRAINING_COUNTS + (CURATION_COUNTS if config.arm.filters else ())
     accepted, rejected = [], {}
     for node, client_id in sampled.items():  # by client number, because the sum of floats depends on the order

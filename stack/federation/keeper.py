@@ -10,6 +10,8 @@ from stack.processes import Processes, ProcessFailed
 PAUSE_SECONDS = 5.0
 STABLE_SECONDS = 15.0  # what ran for so long had started well
 POLL_SECONDS = 0.3
+END_SECONDS = 10.0
+CHECK_SECONDS = 5.0  # between looks at what a process wrote
 
 
 @dataclass
@@ -19,10 +21,12 @@ class Kept:
     argv: Sequence[str]
     patience_seconds: float
     explain: Callable[[str], str]
+    stuck: Callable[[str], bool]
     process: subprocess.Popen[bytes]
     started: float
     ended: float | None = None
     failing: float | None = None
+    checked: float = 0.0
 
 
 class Keeper:
@@ -39,6 +43,7 @@ class Keeper:
         *,
         patience_seconds: float = 60.0,
         explain: Callable[[str], str] = lambda output: "",
+        stuck: Callable[[str], bool] = lambda output: False,
     ) -> None:
         """Start a command.
 
@@ -47,9 +52,10 @@ class Keeper:
             argv: the command.
             patience_seconds: for so long it may fail to start before ``look`` gives up.
             explain: why it ended, in words, from what it wrote; empty when that is not known.
+            stuck: whether it hangs, by what it wrote; it is then ended, and started again.
         """
         process = self._processes.start(name, argv)
-        self._kept[name] = Kept(argv, patience_seconds, explain, process, time.monotonic())
+        self._kept[name] = Kept(argv, patience_seconds, explain, stuck, process, time.monotonic())
 
     def look(self) -> list[str]:
         """Start what has ended again; returns a line for each event.
@@ -63,6 +69,11 @@ class Keeper:
             if kept.process.poll() is None:
                 if now - kept.started > STABLE_SECONDS:
                     kept.failing = None
+                if now - kept.checked >= CHECK_SECONDS:
+                    kept.checked = now
+                    if kept.stuck(self._processes.output(name)):
+                        events.append(f"{name} hangs; it is ended")
+                        _end(kept.process)
             elif kept.ended is None:
                 kept.ended = now
                 if now - kept.started < STABLE_SECONDS:
@@ -77,3 +88,12 @@ class Keeper:
             elif now - kept.ended > PAUSE_SECONDS:
                 kept.process, kept.started, kept.ended = self._processes.start(name, kept.argv), now, None
         return events
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -56,8 +56,10 @@ def run_federation(plan: FederationPlan, console: Console, command: str) -> None
         stages.begin(f"a coordinator and {plan.silos} silos; {plan.rounds} rounds")
         processes.start("coordinator", inside(net.coordinator, party("coordinator", coordinator)), serves=True)
         processes.run("register", inside(net.coordinator, party("register", coordinator)))
-        for number, (namespace, config) in enumerate(zip(net.silos, silos, strict=True)):
-            processes.start(plan.silo(number), inside(namespace, party("silo", config)))
+        running = {
+            plan.silo(number): processes.start(plan.silo(number), inside(namespace, party("silo", config)))
+            for number, (namespace, config) in enumerate(zip(net.silos, silos, strict=True))
+        }
         told = finished_rounds(plan.run_dir)
 
         def tell() -> None:
@@ -65,6 +67,9 @@ def run_federation(plan: FederationPlan, console: Console, command: str) -> None
             while told < finished_rounds(plan.run_dir):
                 told += 1
                 stages.step(f"round {told} is done")
+            for name in [name for name, process in running.items() if process.poll() is not None]:
+                del running[name]
+                console.print(f"[yellow]{name} has ended; see {plan.out / 'logs' / name}.log; the others go on[/]")
 
         processes.run("train", inside(net.coordinator, party("train", coordinator)), meanwhile=tell)
         stages.begin("stopping")

@@ -4,6 +4,7 @@ Only the SuperNode talks to the coordinator. The safety service, the node's own 
 """
 
 import json
+import re
 from pathlib import Path
 
 from stack.federation.flower import flower
@@ -11,6 +12,7 @@ from stack.federation.keeper import Keeper
 from stack.federation.settings import SiloConfig
 from stack.processes import Processes, Service
 
+GIVEN_UP = re.compile(r"SSL/TLS handshake error detected|(?:Client|Server) error '\d{3}")
 # A killed node's key is refused for up to 60 s, so giving up earlier would turn a crash into an outage.
 PATIENCE_SECONDS = 180.0
 
@@ -30,7 +32,10 @@ def start_silo(config: SiloConfig, processes: Processes) -> Keeper:
     node_config = config.state_dir / "node-config.toml"
     _write_node_config(node_config, config, safety_url)
     keeper = Keeper(processes)
-    keeper.keep("supernode", supernode(config, node_config), patience_seconds=PATIENCE_SECONDS, explain=explain)
+    keeper.keep(
+        "supernode", supernode(config, node_config), patience_seconds=PATIENCE_SECONDS, explain=explain,
+        stuck=has_lost_its_connection,
+    )  # fmt: skip
     keeper.keep("superexec", superexec(config))
     return keeper
 
@@ -67,6 +72,15 @@ def explain(output: str) -> str:
             "killed counts as connected for up to 60 s)"
         )
     return ""
+
+
+def has_lost_its_connection(output: str) -> bool:
+    """Whether a SuperNode has met an error that ends its work.
+
+    Flower 1.41 tries again after most errors. After a TLS error, or an answer that is neither success nor 502 to 504,
+    it signs off, but its process stays because its own API's thread does.
+    """
+    return GIVEN_UP.search(output) is not None
 
 
 def _write_node_config(path: Path, config: SiloConfig, safety_url: str) -> None:

@@ -1,9 +1,10 @@
 """A TLS relay that keeps in plaintext what clients send: it stands where the coordinator stands for them."""
 
+import asyncio
 import base64
-import socket
 import ssl
 import threading
+from asyncio import StreamReader, StreamWriter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -11,10 +12,10 @@ WINDOW = 16  # characters of a sentence that must not cross
 
 
 class Recorder:
-    """What has been sent to the coordinator, one byte string a connection."""
+    """What has been sent to the coordinator, one byte string a connection; ``port`` is where to connect."""
 
-    def __init__(self, port: int) -> None:
-        self.port = port
+    def __init__(self) -> None:
+        self.port = 0
         self._streams: list[bytearray] = []
 
     def stream(self) -> bytearray:
@@ -51,32 +52,39 @@ def recording(target_port: int, certificate: str, authority: str) -> Iterator[Re
     server_side = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     server_side.load_cert_chain(certificate)
     client_side = ssl.create_default_context(cafile=authority)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        recorder = Recorder(listener.getsockname()[1])
+    recorder = Recorder()
 
-        def serve() -> None:
-            with suppress(OSError):
-                while True:
-                    connection, _ = listener.accept()
-                    threading.Thread(target=relay, args=(connection,), daemon=True).start()
+    async def relay(reader: StreamReader, writer: StreamWriter) -> None:
+        try:
+            outer = await asyncio.open_connection("127.0.0.1", target_port, ssl=client_side)
+        except OSError:
+            writer.close()
+            return
+        await asyncio.gather(pump(reader, outer[1], recorder.stream()), pump(outer[0], writer, bytearray()))
 
-        def relay(connection: socket.socket) -> None:
-            with suppress(OSError):
-                inner = server_side.wrap_socket(connection, server_side=True)
-                outer = client_side.wrap_socket(
-                    socket.create_connection(("127.0.0.1", target_port)), server_hostname="127.0.0.1"
-                )
-                threading.Thread(target=pump, args=(outer, inner, None), daemon=True).start()
-                pump(inner, outer, recorder.stream())
+    async def serve() -> None:
+        server = await asyncio.start_server(relay, "127.0.0.1", 0, ssl=server_side)
+        recorder.port = server.sockets[0].getsockname()[1]
+        listening.set()
+        await asyncio.to_thread(ended.wait)
+        server.close()
 
-        threading.Thread(target=serve, daemon=True).start()
+    listening, ended = threading.Event(), threading.Event()
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    listening.wait()
+    try:
         yield recorder
+    finally:
+        ended.set()
+        thread.join()
 
 
-def pump(source: ssl.SSLSocket, sink: ssl.SSLSocket, kept: bytearray | None) -> None:
+async def pump(source: StreamReader, sink: StreamWriter, kept: bytearray) -> None:
     """Copy one direction until it ends."""
-    with suppress(OSError), source, sink:
-        while data := source.recv(65536):
-            if kept is not None:
-                kept += data
-            sink.sendall(data)
+    with suppress(OSError):
+        while data := await source.read(65536):
+            kept += data
+            sink.write(data)
+            await sink.drain()
+    sink.close()

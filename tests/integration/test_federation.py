@@ -1,10 +1,13 @@
 """Federations by ``flwr run`` in Flower's simulation runtime, with real service processes and the shipped models."""
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -24,6 +27,7 @@ from trainer.config import RunValue
 from trainer.records import RoundRecord
 from trainer.registry import read_adapter
 from trainer.run_folder import read_result
+from trainer.simulation import HOME_PREFIX, OWNER, Simulation
 
 PATIENCE_SECONDS = 280.0  # a run takes about 20 s on two idle cores
 pytestmark = pytest.mark.timeout(600)
@@ -212,9 +216,9 @@ def test_home_of_a_simulation_that_was_killed_with_its_guard_is_removed_by_the_n
     with Simulation(ROOT, tmp_path / "superlink.log") as simulation, (living / OWNER).open("wb") as file:
         assert not orphan.exists()
         fcntl.flock(file, fcntl.LOCK_EX)
-        Simulation(ROOT, tmp_path / "second.log")
-        assert living.exists()
-        assert simulation._home.exists()
+        with Simulation(ROOT, tmp_path / "second.log"):
+            assert living.exists()
+            assert simulation._home.exists()
     shutil.rmtree(living)
 
 
