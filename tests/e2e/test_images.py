@@ -154,10 +154,11 @@ def test_container_is_confined(running: tuple[Pods, httpx.Client], service: str)
 
 
 def test_gateway_keeps_its_audit_on_the_volume(running: tuple[Pods, httpx.Client]) -> None:
-    code = (
-        "import sqlite3; print(sqlite3.connect('/audit/audit.db').execute('select name from sqlite_master').fetchall())"
-    )
-    assert "record" in running[0].python("gateway", code)
+    rows = "sqlite3.connect('/audit/audit.db').execute('select count(*) from fedward_audit').fetchone()[0]"
+    count = f"import sqlite3; print({rows})"
+    before = int(running[0].python("gateway", count))
+    chat(running[1], "Name three rivers.")
+    assert int(running[0].python("gateway", count)) == before + 1
 
 
 def test_gateway_image_is_small_and_has_no_torch_and_no_shell() -> None:
