@@ -81,6 +81,22 @@ check: setup ## ruff, mypy --strict, and the tests of the project's own rules (i
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/meta
 
+# checkov has dependencies of its own, so it lives in an environment of its own.
+.venv-lint/installed:
+	@$(PYTHON) -m venv .venv-lint
+	@.venv-lint/bin/python -m pip install --quiet --disable-pip-version-check checkov==3.3.30
+	@touch $@
+
+.PHONY: lint-k8s
+lint-k8s: setup .venv-lint/installed ## a policy linter over the rendered Kubernetes manifests (needs kubectl)
+	$(BIN)/python -m tests.manifests.render runs/manifests
+	.venv-lint/bin/checkov --config-file k8s/checkov.yaml --directory runs/manifests
+
+.PHONY: images
+images: setup ## build the container images with podman, run them as Kubernetes would, and chat through them
+	TORCH=$(TORCH) k8s/images.sh
+	$(BIN)/python -m pytest -m long tests/e2e/test_images.py -s
+
 .PHONY: miniature
 miniature: setup ## pretrain the miniature language model anew (up to an hour on 2 cores)
 	$(BIN)/python -m trainer.miniature
@@ -101,14 +117,14 @@ bench-inference: setup ## speed of the inference service against one-at-a-time g
 bench-gateway: setup ## the gateway beside LiteLLM, Portkey and plain FastAPI; writes runs/bench/gateway.json
 	$(BIN)/python -m gateway.bench
 
+.PHONY: bench-trainer
+bench-trainer: setup ## what aggregation costs for 10 to 10,000 clients, beside Flower's; writes runs/bench/trainer.json
+	$(BIN)/python -m trainer.bench.aggregation
+
 .PHONY: soak
 soak: setup ## ten minutes of streams, then 1,000 at once: do memory and files grow? writes runs/bench/soak.json, streams.json
 	$(BIN)/python -m gateway.bench.soak
 	$(BIN)/python -m gateway.bench.soak --streams 1000 --words 30 --word-ms 2000 --minutes 4 --out runs/bench/streams.json
-
-.PHONY: bench-trainer
-bench-trainer: setup ## what aggregation costs for 10 to 10,000 clients, beside Flower's; writes runs/bench/trainer.json
-	$(BIN)/python -m trainer.bench.aggregation
 
 .PHONY: measure
 measure: setup ## print the measured quality of the shipped classifier and miniature

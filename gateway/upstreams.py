@@ -80,11 +80,8 @@ class Upstreams:
         """Why a service cannot be asked at present: it says so itself, or it is left alone after failures."""
         service = self._services[name]
         try:
-            async with (
-                _within(seconds, name),
-                service.open("GET", "/health/ready", None, patience_seconds=seconds, headers={}) as response,
-            ):
-                await _require_success(service, response)
+            async with _within(seconds, name):
+                await _require_ready(service, seconds)
         except FedwardError as error:
             return error.message
         return f"{name}: {service.breaker.problem}" if service.breaker.problem else None
@@ -194,6 +191,15 @@ class Upstreams:
                 traced.note({"http.response.status_code": response.status_code})
                 await _require_success(service, response)
                 return await service.read(response)
+
+
+async def _require_ready(service: Service, seconds: float) -> None:
+    """Ask whether a service is ready: ours say so at the first path; vLLM and TGI have only the second."""
+    for path in ("/health/ready", "/health"):
+        async with service.open("GET", path, None, patience_seconds=seconds, headers={}) as response:
+            if response.status_code != 404 or path == "/health":
+                await _require_success(service, response)
+                return
 
 
 async def _require_success(service: Service, response: httpx.Response) -> None:

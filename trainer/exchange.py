@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
@@ -19,8 +19,8 @@ from trainer.aggregation import TooFewClients
 from trainer.config import RunConfig
 
 log = logging.getLogger("flwr")
+PULLED_AT_ONCE = 8  # replies; the others wait at the SuperLink, so that memory does not grow with their number
 POLL_SECONDS = 0.5  # Grid.send_and_receive would look every 3 s only
-PULLED_AT_ONCE = 8
 GRACE_SECONDS = 60.0  # a message expires this long after its round; a reply within it is counted, not used
 CLIENT_NAME = "client-"  # a key registered as client-3 is client 3's, whatever its node says
 LOST = {
@@ -31,13 +31,18 @@ LOST = {
 }
 
 
-@dataclass
-class Asked:
-    """A message that waits for its reply: to which node, and since when that node was connected."""
+class Asked(NamedTuple):
+    """Whose reply is waited for, and since when that node was connected."""
 
-    message: Message
     node: int
     connected_since: str
+
+
+class Lost(NamedTuple):
+    """A node that was lost: when (monotonic seconds), and what the SuperLink said of it."""
+
+    since: float
+    reply: Message | None
 
 
 @dataclass
@@ -98,8 +103,8 @@ class Fleet:
     def _learn(self, present: dict[int, int], nodes: Mapping[int, Any]) -> None:
         """Add the client numbers of nodes that are not yet known: by the name of their key, or by asking them."""
         unknown = sorted(nodes.keys() - present.keys())
-        unnamed = [node for node in unknown if not nodes[node].name]
-        replies = dict(self.ask(dict.fromkeys(unnamed, RecordDict()), MessageType.QUERY))
+        unnamed = {node: RecordDict() for node in unknown if not nodes[node].name}
+        replies = dict(self.ask(unnamed, MessageType.QUERY))
         for node in unknown:
             try:
                 client_id = (
@@ -114,14 +119,12 @@ class Fleet:
             present[node] = client_id
 
     def ask(self, contents: Mapping[int, RecordDict], message_type: str) -> Iterator[tuple[int, Message | None]]:
-        """Send each node its message; yields each node with its reply as that comes, and at last those without.
+        """Send each node its message; yields each node with its reply as it comes, at last those that gave none.
 
-        A node that is lost is asked again when it is back; if it stays lost, the error that told so is its reply.
-        Replies are told apart by the message that they reply to: an error reply that the SuperLink makes for a node
-        that is gone has no node of its own.
+        A node that is lost is asked again when it is back. Replies are told apart by the message that they reply to:
+        an error reply that the SuperLink makes for a node that is gone has no node of its own.
         """
-        unanswered: dict[int, Message | None] = dict.fromkeys(contents)  # with the error of those that were lost
-        lost: dict[int, float] = {}  # since when, by node id
+        lost: dict[int, Lost] = {}
         pending = self._push(contents, message_type)
         deadline = time.monotonic() + self.config.round_timeout_seconds
         while pending or lost:
@@ -129,21 +132,20 @@ class Fleet:
             for reply in self._pull(list(pending)):
                 node = pending.pop(reply.metadata.reply_to_message_id).node
                 if reply.has_error() and reply.error.code in LOST:
-                    unanswered[node] = reply
-                    lost.setdefault(node, time.monotonic())
+                    lost.setdefault(node, Lost(time.monotonic(), reply))
                 else:
                     lost.pop(node, None)
-                    del unanswered[node]
                     yield node, reply
             for message_id, asked in list(pending.items()):
                 # It was restarted under the same identity, and knows nothing of what it was asked before.
                 if asked.node in there and there[asked.node].last_activated_at != asked.connected_since:
                     del pending[message_id]
-                    lost.setdefault(asked.node, time.monotonic())
+                    lost.setdefault(asked.node, Lost(time.monotonic(), None))
             now = time.monotonic()
             idle = lost.keys() - {asked.node for asked in pending.values()}
-            for node in [node for node in idle if now - lost[node] >= self.config.lost_node_seconds]:
-                del lost[node]
+            for node in sorted(idle):
+                if now - lost[node].since >= self.config.lost_node_seconds:
+                    yield node, lost.pop(node).reply
             if back := sorted(node for node in idle & lost.keys() if node in there):
                 log.warning("asking %d node(s) again that were lost and are back", len(back))
                 pending |= self._push({node: contents[node] for node in back}, message_type)
@@ -152,12 +154,8 @@ class Fleet:
             if pending or lost:
                 time.sleep(POLL_SECONDS)
         self.late |= {message_id: self.clients.get(asked.node, -1) for message_id, asked in pending.items()}
-        yield from unanswered.items()
-
-    def _pull(self, message_ids: Sequence[str]) -> Iterator[Message]:
-        """The replies that are there; a few at a time, while the others wait at the SuperLink and not in memory."""
-        for start in range(0, len(message_ids), PULLED_AT_ONCE):
-            yield from self.grid.pull_messages(message_ids[start : start + PULLED_AT_ONCE])
+        for node in sorted({asked.node for asked in pending.values()} | lost.keys()):
+            yield node, lost[node].reply if node in lost else None
 
     def _push(self, contents: Mapping[int, RecordDict], message_type: str) -> dict[str, Asked]:
         there = connected(self.grid)
@@ -165,11 +163,15 @@ class Fleet:
         messages = [
             Message(content, dst_node_id=node, message_type=message_type, ttl=ttl) for node, content in contents.items()
         ]
-        ids = list(self.grid.push_messages(messages)) if messages else []
+        ids = self.grid.push_messages(messages) if messages else []
         return {
-            message_id: Asked(message, node, there[node].last_activated_at if node in there else "")
-            for message_id, message, node in zip(ids, messages, contents, strict=True)
+            message_id: Asked(node, there[node].last_activated_at if node in there else "")
+            for message_id, node in zip(ids, contents, strict=True)
         }
+
+    def _pull(self, message_ids: Sequence[str]) -> Iterator[Message]:
+        for start in range(0, len(message_ids), PULLED_AT_ONCE):
+            yield from self.grid.pull_messages(message_ids[start : start + PULLED_AT_ONCE])
 
     def count_late(self) -> list[int]:
         """The clients whose replies to an earlier round have come meanwhile; each is told once."""

@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in STOP_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
+    if getattr(arguments, "with_parent", False):
+        _end_with_parent()
     try:
         arguments.run(arguments)
     except FedwardError as error:
@@ -74,7 +77,7 @@ def _coordinator(arguments: argparse.Namespace) -> None:
     with serving_bundle(config.bundle) as hub, Processes(config.state_dir / "logs") as processes:
         keeper = start_coordinator(config, processes, hub)
         _say(f"the coordinator is up; silos reach it at {config.fleet_bind}")
-        _stay(keeper, arguments)
+        _stay(keeper)
 
 
 def _silo(arguments: argparse.Namespace) -> None:
@@ -82,7 +85,7 @@ def _silo(arguments: argparse.Namespace) -> None:
     with Processes(config.state_dir / "logs") as processes:
         keeper = start_silo(config, processes)
         _say(f"client {config.number} is up and connects to {config.superlink}")
-        _stay(keeper, arguments)
+        _stay(keeper)
 
 
 def _register(arguments: argparse.Namespace) -> None:
@@ -103,13 +106,24 @@ def _sign(arguments: argparse.Namespace) -> None:
     _say(f"signature: {sign_bundle(arguments.bundle, arguments.key)}")
 
 
-def _stay(keeper: Keeper, arguments: argparse.Namespace) -> None:
-    """Keep the processes running until a signal comes, or the command that started this one is gone."""
-    parent = os.getppid()
-    while not (arguments.with_parent and os.getppid() != parent):
+def _stay(keeper: Keeper) -> None:
+    """Keep the processes running until a signal comes."""
+    while True:
         for event in keeper.look():
             _say(event)
         time.sleep(POLL_SECONDS)
+
+
+def _end_with_parent() -> None:
+    """Have this process told to stop when the command that started it is gone, even if that was killed."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _say(text: str) -> None:

@@ -22,10 +22,14 @@ class FakeVllm:
         self.loaded: dict[str, str] = {}
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.app = FastAPI()
+        self.app.get("/health")(self.health)
         self.app.get("/v1/models")(self.models)
         if updating:
             self.app.post("/v1/load_lora_adapter")(self.load)
             self.app.post("/v1/unload_lora_adapter")(self.unload)
+
+    def health(self) -> Response:
+        return Response()
 
     def models(self) -> dict[str, Any]:
         card = {"object": "model", "created": 0, "owned_by": "vllm"}

@@ -24,6 +24,7 @@ from tests.fakes.gateway_stack import (
     words,
 )
 from tests.fakes.gateway_upstreams import BLAND, MARKER, FakeInference, FakeSafety, closed_port, serving
+from tests.fakes.vllm_server import FakeVllm
 
 # What is allowed
 
@@ -321,6 +322,16 @@ def test_readiness_is_red_while_a_service_is_not_ready() -> None:
         with gateway(closed_port(), safety_url) as url:
             reason = httpx.get(f"{url}/health/ready").json()["reason"]
     assert reason == "safety: answered HTTP 503; inference: cannot be reached"
+
+
+def test_gateway_in_front_of_vllm_is_ready() -> None:
+    with (
+        serving(FakeVllm().app) as inference_url,
+        serving(FakeSafety()) as safety_url,
+        gateway(inference_url, safety_url) as url,
+    ):
+        answer = httpx.get(f"{url}/health/ready")
+    assert answer.status_code == 200, answer.text
 
 
 def test_metrics_count_decisions_and_show_that_nothing_left_unchecked(stack: Stack) -> None:

@@ -84,8 +84,9 @@ def config(tmp_path: Path) -> RunConfig:
 
 
 def ask(grid: ScriptedGrid, config: RunConfig) -> dict[int, Message]:
-    replies = Fleet(grid, config).ask(dict.fromkeys(grid.script, RecordDict()), MessageType.TRAIN)
-    return {node: reply for node, reply in replies if reply is not None}
+    replies = dict(Fleet(grid, config).ask(dict.fromkeys(grid.script, RecordDict()), MessageType.TRAIN))
+    assert replies.keys() == grid.script.keys()
+    return {node: reply for node, reply in replies.items() if reply}
 
 
 @pytest.mark.parametrize("code", sorted(exchange.LOST))
@@ -94,6 +95,13 @@ def test_lost_node_that_is_there_is_asked_again(config: RunConfig, code: int) ->
     replies = ask(grid, config)
     assert grid.asked == [1, 2, 1]
     assert [replies[node].has_error() for node in (1, 2)] == [False, False]
+
+
+def test_stragglers_do_not_hold_up_the_replies_of_others(config: RunConfig) -> None:
+    hasty = config.model_copy(update={"round_timeout_seconds": 0.1})
+    slow = exchange.PULLED_AT_ONCE
+    grid = ScriptedGrid({node: [SILENCE if node < slow else ANSWER] for node in range(3 * slow)})
+    assert list(ask(grid, hasty)) == list(range(slow, 3 * slow))
 
 
 def test_error_of_the_client_itself_is_its_answer(config: RunConfig) -> None:
@@ -105,15 +113,23 @@ def test_error_of_the_client_itself_is_its_answer(config: RunConfig) -> None:
 
 def test_node_that_is_away_is_asked_when_it_is_back(config: RunConfig) -> None:
     grid = ScriptedGrid({1: [ErrorCode.NODE_UNAVAILABLE, ANSWER]})
-    away = grid.nodes.pop(1)
-    polls = iter(range(100))
-
-    def come_back() -> None:
-        if next(polls) == 3:
-            grid.nodes[1] = away
-
-    grid.at_poll = come_back
+    comes_back(grid, 1, at_look=5)
     assert not ask(grid, config)[1].has_error()
+    assert grid.asked == [1, 1]
+
+
+def comes_back(grid: ScriptedGrid, node: int, at_look: int) -> None:
+    """Take a node away until the coordinator has looked so often who is there."""
+    away = grid.nodes.pop(node)
+    looked = iter(range(10_000))
+    get_nodes = grid.get_nodes
+
+    def look() -> list[NodeInfo]:
+        if next(looked) == at_look:
+            grid.nodes[node] = away
+        return get_nodes()
+
+    grid.get_nodes = look  # type: ignore[method-assign]
 
 
 def test_node_that_was_restarted_unnoticed_is_asked_again(config: RunConfig) -> None:
@@ -136,8 +152,8 @@ def test_straggler_ends_with_the_round_and_its_late_reply_is_counted_once(config
     grid = ScriptedGrid({0: [SILENCE], 1: [ANSWER]})
     fleet = Fleet(grid, hasty)
     fleet.clients = {0: 0, 1: 1}
-    replies = list(fleet.ask({0: RecordDict(), 1: RecordDict()}, MessageType.TRAIN))
-    assert [(node, reply is None) for node, reply in replies] == [(1, False), (0, True)]
+    replies = list(fleet.ask(dict.fromkeys([0, 1], RecordDict()), MessageType.TRAIN))
+    assert [(node, reply is not None) for node, reply in replies] == [(1, True), (0, False)]
     assert fleet.count_late() == []
     (message_id,) = fleet.late
     grid.replies[message_id] = reply_to(message_id)
@@ -173,16 +189,7 @@ def test_second_node_of_one_client_is_left_out(config: RunConfig) -> None:
 
 def test_first_roll_call_waits_for_all_of_a_round(config: RunConfig) -> None:
     grid = ScriptedGrid({0: [], 1: [], 2: []})
-    late = grid.nodes.pop(2)
-    looked = iter(range(100))
-    get_nodes = grid.get_nodes
-
-    def look() -> list[NodeInfo]:
-        if next(looked) == 5:
-            grid.nodes[2] = late
-        return get_nodes()
-
-    grid.get_nodes = look  # type: ignore[method-assign]
+    comes_back(grid, 2, at_look=5)
     assert Fleet(grid, config).roll_call() == {0: 0, 1: 1, 2: 2}
 
 

@@ -5,6 +5,7 @@ it takes to make them is not counted in the time: unpacking, checking and adding
 resident size minus that before the first reply.
 """
 
+import gc
 import io
 import json
 import shlex
@@ -92,7 +93,9 @@ def measure(way: str, clients: int) -> dict[str, float]:
     TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # which Flower's runtime would set
     sent = blank_adapter()
     aggregate = _streamed if way == "streamed" else _kept
-    aggregate(sent, 2)  # what is loaded at first use is not the clients' cost
+    aggregate(sent, 2)  # what is loaded at first use is not the clients' cost,
+    gc.collect()
+    gc.freeze()  # and neither is looking through that for garbage
     before = _resident("VmRSS")
     seconds = aggregate(sent, clients)
     return {"seconds": round(seconds, 3), "memory_mb": round(_resident("VmHWM") - before, 1)}
