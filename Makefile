@@ -117,6 +117,10 @@ bench-inference: setup ## speed of the inference service against one-at-a-time g
 bench-gateway: setup ## the gateway beside LiteLLM, Portkey and plain FastAPI; writes runs/bench/gateway.json
 	$(BIN)/python -m gateway.bench
 
+.PHONY: bench-trainer
+bench-trainer: setup ## what aggregation costs for 10 to 10,000 clients, beside Flower's; writes runs/bench/trainer.json
+	$(BIN)/python -m trainer.bench.aggregation
+
 .PHONY: soak
 soak: setup ## ten minutes of streams, then 1,000 at once: do memory and files grow? writes runs/bench/soak.json, streams.json
 	$(BIN)/python -m gateway.bench.soak

@@ -130,7 +130,6 @@ class AuditRecord(BaseModel):
     constitution_sha256: Name | None = None
     policy_sha256: str | None = None
     classifier_id: Name | None = None
-    classifier_sha256: str | None = None
     latency_ms: float | None = None
     error: Name | None = None
     text_sha256: str | None = None

@@ -31,10 +31,8 @@ class Request:
         self._visit = visit
         self._upstreams = upstreams
         self._window_characters = settings.window_characters
+        self._context_characters = settings.context_characters
         self._checker = Checker(upstreams.classify, visit.policy, visit.note, settings.checks_in_flight)
-        self._repairs = Repairs(
-            self.decide, self._revise, visit.note_repair, visit.policy.stream, settings.context_characters
-        )
         self._ledger = Ledger()
 
     async def decide_prompt(self) -> Decision:
@@ -57,7 +55,11 @@ class Request:
 
     async def settle(self, unit: Unit, decision: Decision, sent: Sent) -> tuple[Unit, Decision]:
         """What may leave for a unit after ``sent`` of its choice, redacted or revised if need be."""
-        return await self._repairs.settle(unit, decision, sent)
+        # Made anew and not kept: objects that hold each other are left to the garbage collector, which stalls streams.
+        repairs = Repairs(
+            self.decide, self._revise, self._visit.note_repair, self._visit.policy.stream, self._context_characters
+        )
+        return await repairs.settle(unit, decision, sent)
 
     def let_out(self, unit: Unit, decision: Decision, *, started: bool = False) -> Unit:
         """What leaves for a unit that is settled. The one place where something leaves, or does not.

@@ -8,14 +8,12 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from flwr.serverapp.strategy import FedAvg
 
 from tests.fakes.tiny_model import build_tiny_model
-from tests.fakes.trainer_runs import be_the_coordinator, make_config
-from trainer.aggregation import Arrays, ClientUpdate
+from tests.fakes.trainer_runs import make_config
+from trainer.aggregation import Arrays, RunningMean
 from trainer.batching import encode_pairs
 from trainer.model import load_trainee
-from trainer.server_app import aggregate
 from trainer.sft import train_sft
 from trainer.shards import Pair
 
@@ -51,17 +49,12 @@ def golden_losses(folder: Path) -> list[float]:
 
 def average_golden_updates() -> Arrays:
     """The weighted average of three made-up updates, one parameter of which is a single number."""
-    be_the_coordinator()
     generator = np.random.default_rng(0)
-    updates = [
-        ClientUpdate(
-            client_id,
-            {"matrix": generator.normal(size=(2, 3)).astype(np.float32), "number": np.asarray(client_id, np.float32)},
-            {"num-tokens": tokens},
-        )
-        for client_id, tokens in enumerate((10, 20, 70))
-    ]
-    return aggregate(FedAvg(weighted_by_key="num-tokens"), updates, 1)
+    running = RunningMean()
+    for client_id, tokens in enumerate((10, 20, 70)):
+        matrix = generator.normal(size=(2, 3)).astype(np.float32)
+        running.add({"matrix": matrix, "number": np.asarray(client_id, np.float32)}, tokens)
+    return running.mean()
 
 
 def main() -> None:

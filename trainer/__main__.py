@@ -26,6 +26,7 @@ examples:
         arm = "none"
         benign-data = "data/benign.jsonl"
         harmful-data = "data/harmful.jsonl"
+        strategy = "scaffold"   (how updates are aggregated: docs/aggregation.md has the values and their keys)
   python -m trainer promote --adapter runs/filter-cai/adapters/round-3 --evaluation eval.json --baseline base.json \\
       --inference-url http://127.0.0.1:8103 --release-dir runs/release
 """

@@ -1,12 +1,13 @@
-"""What the coordinator does with the updates that arrive: check each one, weigh them, count bytes.
+"""What the coordinator does with the updates that arrive: check each one, average them as they come, count bytes.
 
-Plain NumPy on ``{parameter name: array}``; Flower's messages are unpacked by ``server_app``.
+Plain NumPy on ``{parameter name: array}``; Flower's messages are unpacked by ``server_app``, and what is done with the
+average is the strategy's (``trainer.strategies``).
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from services.contracts.errors import AdapterError, FedwardError
 
 Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
+MAX_WEIGHT = 2**29 - 1  # 24 significant bits of a float32 and these 29 fit the 53 of a float64: no product is rounded
 
 
 class TooFewClients(FedwardError):
@@ -40,15 +42,56 @@ class ClientUpdate:
         """How many answer tokens the client trained on: its weight in the average."""
         return int(self.metrics["num-tokens"])
 
+    def counts_only(self) -> Self:
+        """This update without its arrays, which are not kept once they are part of the aggregate."""
+        return replace(self, arrays={})
 
-def check_update(update: ClientUpdate, reference: Arrays, expected_metrics: Sequence[str], max_tokens: int) -> None:
+
+class RunningMean:
+    """The weighted mean of arrays that are added one at a time, and may be dropped after that.
+
+    Memory is that of four float64 numbers per parameter, however many are added. The sum is kept in twice float64's
+    precision (Knuth's TwoSum, The Art of Computer Programming 4.2.2) and rounded to float32 once at the end, so that
+    the order of arrival does not show: it could only where values cancel each other by some 70 binary digits.
+    """
+
+    def __init__(self) -> None:
+        self._high: Arrays = {}
+        self._low: Arrays = {}
+        self.weight = 0
+
+    def add(self, arrays: Arrays, weight: int) -> None:
+        """Add arrays of float32, of the same names and shapes each time, with a weight from 1 to ``MAX_WEIGHT``."""
+        if not 1 <= weight <= MAX_WEIGHT:
+            raise ValueError(f"a weight of {weight} is not from 1 to {MAX_WEIGHT}")
+        for name, array in arrays.items():
+            term = array.astype(np.float64) * weight
+            high = self._high.get(name, np.zeros_like(term))
+            total = high + term
+            back = total - high
+            lost = (high - (total - back)) + (term - back)  # total + lost is exactly high + term
+            self._high[name] = total
+            self._low[name] = self._low.get(name, 0.0) + lost
+        self.weight += weight
+
+    def mean(self) -> Arrays:
+        """The mean as float32; raises ValueError when nothing was added."""
+        if not self.weight:
+            raise ValueError("there is no mean of nothing")
+        return {name: ((high + self._low[name]) / self.weight).astype(np.float32) for name, high in self._high.items()}
+
+
+def check_update(
+    update: ClientUpdate, reference: Arrays, expected_metrics: Sequence[str], max_tokens: int, max_norm: float = 0.0
+) -> None:
     """Refuse an update that must not be averaged.
 
     Args:
         update: what the client sent.
-        reference: the adapter the client was given; names, shapes and dtypes have to be the same.
+        reference: what the client was given of it; names, shapes and dtypes have to be the same.
         expected_metrics: the counts that the client has to send, no more and no fewer.
         max_tokens: no client can honestly have trained on more answer tokens; it bounds a client's weight.
+        max_norm: the largest Euclidean norm of what the client changed; 0 is no bound.
 
     Raises:
         AdapterError: naming the client, the parameter and what is wrong with it.
@@ -64,6 +107,14 @@ def check_update(update: ClientUpdate, reference: Arrays, expected_metrics: Sequ
     if tokens != int(tokens) or not 1 <= tokens <= max_tokens:
         raise AdapterError(f"{where}: num-tokens is {tokens:g}, which is not a whole number from 1 to {max_tokens}")
     check_arrays(where, update.arrays, reference)
+    if max_norm and (norm := distance(update.arrays, reference)) > max_norm:
+        raise AdapterError(f"{where}: the update's norm is {norm:.4g}, and max-update-norm is {max_norm:g}")
+
+
+def distance(arrays: Arrays, reference: Arrays) -> float:
+    """The Euclidean norm of the difference over all parameters."""
+    squares = (np.square(array.astype(np.float64) - reference[name]).sum() for name, array in arrays.items())
+    return math.sqrt(sum(squares))
 
 
 def check_arrays(where: str, arrays: Arrays, reference: Arrays) -> None:

@@ -16,11 +16,12 @@ from services.contracts.errors import ConfigError
 
 def stage_app(app: Path, target: Path) -> None:
     """Copy what goes into the bundle: Flower would walk through the whole project, with its virtual environment."""
-    package = target / "trainer"
-    package.mkdir(parents=True)
+    for folder in ("trainer", "trainer/strategies"):
+        package = target / folder
+        package.mkdir(parents=True)
+        for module in (app / folder).glob("*.py"):
+            shutil.copy(module, package)
     shutil.copy(app / "pyproject.toml", target)
-    for module in (app / "trainer").glob("*.py"):
-        shutil.copy(module, package)
 
 
 def build_bundle(app: Path, out: Path) -> None:

@@ -31,8 +31,8 @@ from services.contracts.errors import ConfigError, DataError, FedwardError
 from trainer.batching import encode_pairs
 from trainer.config import RunConfig, parse_run_config
 from trainer.curation import CuratedShard, curate_once
-from trainer.model import load_trainee, read_adapter_arrays, set_adapter_arrays
-from trainer.sft import steps_for, train_sft
+from trainer.local_training import Order, train_locally
+from trainer.model import load_trainee
 from trainer.shards import Pair, client_shard
 
 log = logging.getLogger("flwr")
@@ -87,14 +87,14 @@ def train_round(content: RecordDict, config: RunConfig, client_id: int) -> Recor
     dataset = encode_once(curated.pairs if curated else pairs, trainee.tokenizer, config.max_length)
     if not dataset.examples:
         raise DataError(f"shard {client_id}: no pair is left to train on ({len(pairs)} before curation)")
-    set_adapter_arrays(trainee, {name: array.numpy() for name, array in content.array_records["arrays"].items()})
-    result = train_sft(
+    result, arrays = train_locally(
         trainee,
+        {name: array.numpy() for name, array in content.array_records["arrays"].items()},
         dataset,
-        steps=steps_for(dataset, config.batch_size, config.local_epochs),
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
+        config,
+        Order(int(order["round"]), int(order["last-counted"])),  # type: ignore[arg-type]  # the coordinator sends numbers
         seed=training_seed(config, client_id, order["round"]),
+        folder=client_folder(config, client_id),
     )
     counts: dict[str, MetricRecordValues] = {
         "num-tokens": result.num_tokens,
@@ -103,9 +103,7 @@ def train_round(content: RecordDict, config: RunConfig, client_id: int) -> Recor
         "skipped": dataset.skipped,
         "train-seconds": time.perf_counter() - started,
     }
-    reply = RecordDict(
-        {"arrays": ArrayRecord({name: Array(array) for name, array in read_adapter_arrays(trainee).items()})}
-    )
+    reply = RecordDict({"arrays": ArrayRecord({name: Array(array) for name, array in arrays.items()})})
     if curated:
         counts |= {f"curation-{name}": number for name, number in curated.report.model_dump().items()}
         reply["filter"] = ConfigRecord(
@@ -117,7 +115,7 @@ def train_round(content: RecordDict, config: RunConfig, client_id: int) -> Recor
 
 def curate_shard(pairs: tuple[Pair, ...], config: RunConfig, client_id: int) -> CuratedShard:
     """Curate this client's shard with the silo's own services, or take the result of an earlier round."""
-    folder = (config.client_dir or config.run_dir / "clients") / str(client_id)
+    folder = client_folder(config, client_id)
     timeout = config.service_timeout_seconds
     mode, floor = config.curation_mode, config.min_filter_recall
     if config.safety_url is None:
@@ -127,6 +125,11 @@ def curate_shard(pairs: tuple[Pair, ...], config: RunConfig, client_id: int) -> 
             return curate_once(folder, pairs, mode, safety, None, min_filter_recall=floor)
         with ServiceClient("critique", config.critique_url, timeout_seconds=timeout) as critique:
             return curate_once(folder, pairs, mode, safety, critique, min_filter_recall=floor)
+
+
+def client_folder(config: RunConfig, client_id: int) -> Path:
+    """Where a client keeps what is its own."""
+    return (config.client_dir or config.run_dir / "clients") / str(client_id)
 
 
 def training_seed(config: RunConfig, client_id: int, round_number: object) -> int:

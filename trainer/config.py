@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from services.contracts.constitution import describe
 from services.contracts.errors import ConfigError
+from trainer.aggregation import MAX_WEIGHT
 
 RunValue: TypeAlias = str | int | float | bool
 OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: None if value == "" else value)]
@@ -22,14 +23,27 @@ OptionalText = Annotated[str | None, BeforeValidator(lambda value: None if value
 
 # A silo decides these for itself (`flower-supernode --node-config`): where its data lies and who may see it.
 DATA_KEYS = ("shard-data", "safety-url", "critique-url", "client-dir")
-SILO_KEYS = (*DATA_KEYS, "base-model")
+SILO_KEYS = (*DATA_KEYS, "base-model", "client-rank")
 # These may change between a run and its continuation: they do not change what a finished round means.
 OPERATIONAL_FIELDS = {
     "run_dir", "client_dir", "resume", "rounds", "safety_url", "critique_url", "coordinator_critique_url",
     "inference_url", "service_timeout_seconds", "round_timeout_seconds", "lost_node_seconds", "min_filter_recall",
+    "client_rank",
 }  # fmt: skip
 
 MAX_OWN_PAIRS = 10_000_000
+
+StrategyName: TypeAlias = Literal[
+    "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "scaffold",
+    "ffa-lora", "fedsvd", "flexlora", "fedex-lora", "flora",
+    "median", "trimmed-mean", "krum", "multikrum", "bulyan",
+]  # fmt: skip
+SERVER_RATES = {"fedavgm": 1.0, "scaffold": 1.0, "fedadam": 1e-3, "fedyogi": 1e-3, "fedadagrad": 1e-3}
+B_ONLY = ("ffa-lora", "fedsvd")  # clients train B and leave A as it is
+RESIDUAL = ("fedex-lora", "flora")  # the last residual-rank components are not trained by clients
+SEVERAL_RANKS = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "flexlora")
+# Fewer updates than (this) * malicious-clients + (that) give a robust rule no guarantee.
+ROBUST_NEEDS = {"median": (2, 1), "trimmed-mean": (2, 1), "krum": (2, 3), "multikrum": (2, 3), "bulyan": (4, 3)}
 
 
 class Arm(StrEnum):
@@ -96,6 +110,18 @@ class RunConfig(BaseModel):
     local_epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     max_length: int = Field(ge=8, description="longest training example, in tokens; longer answers are cut")
+    local_optimizer: Literal["adamw", "sgd"] = Field(description="the clients' optimiser; sgd is plain, for SCAFFOLD")
+
+    strategy: StrategyName = Field(description="how updates are aggregated; docs/aggregation.md compares the values")
+    client_rank: int = Field(ge=0, description="a silo's own, lower LoRA rank; 0 is lora-rank")
+    residual_rank: int = Field(ge=0, description="fedex-lora, flora: how much of lora-rank holds what averaging misses")
+    proximal_mu: float = Field(ge=0, description="fedprox: how strongly clients are held near what they were sent")
+    server_learning_rate: float = Field(ge=0, description="the coordinator's own step; 0 is the strategy's default")
+    server_momentum: float = Field(ge=0, lt=1, description="fedavgm: its momentum; fedadam, fedyogi: beta 1")
+    server_beta2: float = Field(ge=0, lt=1, description="fedadam, fedyogi: beta 2")
+    server_tau: float = Field(gt=0, description="fedadam, fedyogi, fedadagrad: added to the step's denominator")
+    malicious_clients: int = Field(ge=0, description="robust rules: how many of a round's updates may be hostile")
+    max_update_norm: float = Field(ge=0, description="an update that changed more (Euclidean norm) is refused; 0: none")
 
     curation_mode: Literal["drop", "replace", "revise"]
     min_filter_recall: float = Field(
@@ -161,13 +187,61 @@ class RunConfig(BaseModel):
             raise ValueError(f"arm={self.arm}{mode} needs {', '.join(missing)}")
         return self
 
+    @model_validator(mode="after")
+    def _ranks_fit_the_strategy(self) -> Self:
+        if self.strategy in RESIDUAL and not 0 < self.residual_rank < self.lora_rank:
+            raise ValueError(
+                f"strategy={self.strategy} needs a residual-rank from 1 to lora-rank - 1 ({self.lora_rank - 1}): "
+                "clients train the rest of lora-rank"
+            )
+        if self.residual_rank and self.strategy not in RESIDUAL:
+            raise ValueError(f"residual-rank is for strategy={' and '.join(RESIDUAL)}; {self.strategy} has no residual")
+        if self.client_rank > self.lora_rank:
+            raise ValueError(f"client-rank={self.client_rank} is more than lora-rank={self.lora_rank}")
+        if self.client_rank not in (0, self.lora_rank) and self.strategy not in SEVERAL_RANKS:
+            raise ValueError(
+                f"strategy={self.strategy} needs one rank everywhere; client-rank is for {', '.join(SEVERAL_RANKS)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _settings_are_the_strategys(self) -> Self:
+        name = self.strategy
+        if (name == "fedprox") != (self.proximal_mu > 0):
+            raise ValueError(f"strategy={name} with proximal-mu={self.proximal_mu}: fedprox needs it, no other has it")
+        if self.server_learning_rate and name not in SERVER_RATES:
+            raise ValueError(f"strategy={name} has no server-learning-rate; {', '.join(SERVER_RATES)} have")
+        if (name in ROBUST_NEEDS) != (self.malicious_clients > 0):
+            raise ValueError(
+                f"strategy={name} with malicious-clients={self.malicious_clients}: {', '.join(ROBUST_NEEDS)} need it, "
+                "no other has it"
+            )
+        if name in ROBUST_NEEDS:
+            factor, more = ROBUST_NEEDS[name]
+            if self.min_clients < (needed := factor * self.malicious_clients + more):
+                raise ValueError(
+                    f"strategy={name} withstands malicious-clients={self.malicious_clients} only among {needed} or "
+                    f"more updates; min-clients is {self.min_clients}"
+                )
+        return self
+
     @property
     def max_tokens_per_client(self) -> int:
         """No client can honestly train on more answer tokens in one pass; it bounds a client's weight."""
         if self.silo_data or self.shard_data is not None:
-            return MAX_OWN_PAIRS * self.max_length
+            return min(MAX_WEIGHT, MAX_OWN_PAIRS * self.max_length)
         hands = self.num_clients if self.partition == "dirichlet" else 1
-        return hands * self.samples_per_client * self.max_length
+        return min(MAX_WEIGHT, hands * self.samples_per_client * self.max_length)
+
+    @property
+    def server_rate(self) -> float:
+        """The coordinator's learning rate, for strategies that have one."""
+        return self.server_learning_rate or SERVER_RATES.get(self.strategy, 1.0)
+
+    @property
+    def own_rank(self) -> int:
+        """The rank that is trained in this process."""
+        return self.client_rank or self.lora_rank
 
     def identity(self) -> dict[str, Any]:
         """The settings that define what a round means, JSON-ready: the rest may change when a run is continued."""

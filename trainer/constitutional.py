@@ -20,9 +20,10 @@ from services.contracts.critique import CritiqueItem, ReviseRequest, ReviseRespo
 from services.contracts.errors import DataError, UpstreamUnavailable
 from trainer.aggregation import Arrays
 from trainer.batching import encode_pairs
-from trainer.config import RunConfig
+from trainer.config import B_ONLY, RunConfig
 from trainer.drafts import draft_answers
 from trainer.files import make_dir, write_atomically
+from trainer.local_rules import LocalRule
 from trainer.model import Trainee, adapter_config_json, read_adapter_arrays, set_adapter_arrays
 from trainer.records import ConstitutionalReport
 from trainer.registry import write_adapter
@@ -101,6 +102,7 @@ def align(
             batch_size=config.cai_batch_size,
             learning_rate=config.cai_learning_rate,
             seed=config.seed + round_number,
+            rule=LocalRule(b_only=config.strategy in B_ONLY),
         )
         losses, loss = result.losses, result.loss
         arrays = read_adapter_arrays(trainee)

@@ -54,7 +54,7 @@ def load_trainee(config: RunConfig) -> Trainee:
     Raises:
         ConfigError: the base model cannot be loaded, or its context is shorter than ``max-length``.
     """
-    lora = LoraSettings(config.lora_rank, config.lora_alpha, config.lora_dropout, config.seed)
+    lora = LoraSettings(config.own_rank, config.lora_alpha, config.lora_dropout, config.seed)
     trainee = _load(config.base_model, lora)
     context = context_tokens(trainee.model.config)
     if config.max_length > context:

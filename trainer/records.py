@@ -37,11 +37,15 @@ class RoundRecord(BaseModel):
     ``late`` are clients whose reply to an earlier round came after that round had ended.
 
     The bytes are the sizes of the adapters' arrays, without Flower's envelope: to the sampled clients and from the
-    accepted ones.
+    accepted ones. ``strategy_metrics`` are the strategy's own figures, such as ``truncation-error``; the hash is of
+    what it keeps for the next round.
     """
 
     round_number: int
     adapter_sha256: str
+    strategy: str = "fedavg"
+    strategy_metrics: dict[str, float] = {}
+    strategy_state_sha256: str | None = None
     accepted: list[int]
     rejected: dict[int, str]
     late: list[int] = []

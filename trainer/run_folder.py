@@ -4,6 +4,7 @@
 
     <run-dir>/config.json            the configuration that the rounds belong to
     <run-dir>/adapters/round-N/      the adapter after round N; round 0 is the starting point
+    <run-dir>/strategy/round-N       what the strategy keeps for the next round, such as a momentum, if anything
     <run-dir>/rounds.jsonl           one line per finished round, written after its adapter
     <run-dir>/cai/round-N.jsonl      what the constitutional stage did, prompt by prompt
     <run-dir>/result.json            how the last attempt ended
@@ -11,6 +12,7 @@
 """
 
 import fcntl
+import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -19,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from safetensors.numpy import load, save
 
+from services.common.files import replace_file
 from services.contracts.adapters import AdapterManifest
 from services.contracts.errors import AdapterError, ConfigError
 from trainer.aggregation import Arrays
 from trainer.config import RunConfig
-from trainer.files import append_line, make_dir, write_atomically
+from trainer.files import append_line, make_dir, write_atomically, writing
 from trainer.records import RoundRecord, RunResult
 from trainer.registry import read_adapter, write_adapter
 
@@ -106,14 +110,54 @@ class RunFolder:
             self.adapter_dir(round_number), arrays, adapter_config, {"round_number": round_number, **provenance}
         )
 
+    def write_state(self, round_number: int, state: Arrays) -> str | None:
+        """Keep the strategy's state after a round beside that of the round before; gives its sha256, if there is any.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        if not state:
+            return None
+        content = save(dict(sorted(state.items())))
+        path = self._state_file(round_number)
+        with writing(path):
+            replace_file(path, content)
+        return hashlib.sha256(content).hexdigest()
+
+    def read_state(self) -> Arrays:
+        """The strategy's state after the last finished round; empty when it keeps none.
+
+        Raises:
+            AdapterError: it is missing, or not as it was written.
+        """
+        expected = self.rounds[-1].strategy_state_sha256
+        if expected is None:
+            return {}
+        path = self._state_file(self.finished)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise AdapterError(f"{path}: cannot be read: {error.strerror}; choose another run-dir") from error
+        if hashlib.sha256(content).hexdigest() != expected:
+            raise AdapterError(f"{path}: is not as it was written; choose another run-dir")
+        return load(content)
+
     def finish_round(self, record: RoundRecord) -> None:
-        """Note a round as finished; its adapter has to be on disk."""
+        """Note a round as finished; its adapter and the strategy's state have to be on disk."""
         append_line(self._rounds_file, record.model_dump_json())
         self.rounds.append(record)
+        self._state_file(self.finished - 1).unlink(missing_ok=True)
+
+    def last_counted(self, client_id: int) -> int:
+        """The last finished round that an update of this client is part of; 0 when there is none."""
+        return max((record.round_number for record in self.rounds if client_id in record.accepted), default=0)
 
     def write_result(self, result: RunResult) -> None:
         """Say how the run ended."""
         write_result(self.path, result)
+
+    def _state_file(self, round_number: int) -> Path:
+        return self.path / "strategy" / f"round-{round_number}.safetensors"
 
     @property
     def _rounds_file(self) -> Path:

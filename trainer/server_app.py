@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg
 
 from services.contracts.errors import AdapterError, ConfigError
 from trainer import constitutional
@@ -41,6 +40,7 @@ from trainer.records import (
     training_counts,
 )
 from trainer.run_folder import RunFolder, RunFolderInUse, holding, write_result
+from trainer.strategies import Strategy, make_strategy
 
 log = logging.getLogger("flwr")
 app = ServerApp()
@@ -65,10 +65,11 @@ def main(grid: Grid, context: Context) -> None:
 
 
 class Replies(NamedTuple):
-    """The answers to one round's messages, sorted into usable updates and reasons why not."""
+    """The answers to one round's messages: usable updates without their arrays, reasons why not, and bytes."""
 
     accepted: list[ClientUpdate]
     rejected: dict[int, str]
+    bytes_up: int
 
 
 def train_federation(grid: Grid, config: RunConfig) -> None:
@@ -79,10 +80,11 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
     """
     folder = RunFolder(config)
     trainee = load_trainee(config)
-    strategy = FedAvg(weighted_by_key="num-tokens")
+    strategy = make_strategy(config)
     provenance = manifest_fields(trainee, config)
     if folder.finished:
         adapter = folder.read_last_adapter(trainee.base_model_sha256)
+        strategy.restore(folder.read_state())
         log.info("resuming %s after round %d", folder.path, folder.finished)
     else:
         adapter = trainee.starting_adapter
@@ -93,14 +95,16 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
         clock = Clock()
         # 1. Local training: every sampled client curates its shard if need be, trains, and sends its adapter.
         sampled = sample_clients(fleet.roll_call(), config, round_number)
-        accepted, rejected = send_adapter(fleet, adapter, sampled, config, round_number, trainee.base_model_sha256)
+        sent = strategy.begin(adapter, round_number)
+        orders = write_orders(sampled, folder, round_number, trainee.base_model_sha256)
+        accepted, rejected, bytes_up = collect_updates(fleet, strategy, sent, orders, sampled, config)
         clock.lap("train")
 
-        # 2. Aggregation of the updates that passed the checks.
+        # 2. Aggregation of the updates that passed the checks; the strategy took each of them as it came.
         for reason in rejected.values():
             log.warning("round %d: left out: %s", round_number, reason)
         require_enough(accepted, rejected, config.min_clients)
-        adapter = aggregate(strategy, accepted, round_number)
+        adapter = strategy.finish()
         clock.lap("aggregate")
 
         # 3. Constitutional alignment of the aggregated adapter, on the coordinator.
@@ -118,13 +122,16 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
         record = RoundRecord(
             round_number=round_number,
             adapter_sha256=manifest.sha256,
+            strategy=config.strategy,
+            strategy_metrics=strategy.metrics,
+            strategy_state_sha256=folder.write_state(round_number, strategy.state()),
             rejected=rejected,
             late=fleet.count_late(),
             cai=cai,
             seconds=sum(clock.laps.values()),
             seconds_by_phase=clock.laps,
-            bytes_down=count_bytes(adapter) * len(sampled),
-            bytes_up=sum(count_bytes(update.arrays) for update in accepted),
+            bytes_down=count_bytes(sent) * len(sampled),
+            bytes_up=bytes_up,
             **training_counts(accepted),
             **filters,
             **curation_counts(curation),
@@ -159,30 +166,49 @@ def sample_clients(clients: Mapping[int, int], config: RunConfig, round_number: 
     return {node_of[client]: client for client in sorted(chosen)}
 
 
-def send_adapter(
+def write_orders(
+    sampled: Mapping[int, int], folder: RunFolder, round_number: int, base_model_sha256: str
+) -> dict[int, ConfigRecord]:
+    """What is asked of each client, by node; ``last-counted`` is its last round with an accepted update, or 0."""
+    return {
+        node: ConfigRecord({
+            "round": round_number,
+            "base-model-sha256": base_model_sha256,
+            "last-counted": folder.last_counted(client),
+        })
+        for node, client in sampled.items()
+    }  # fmt: skip
+
+
+def collect_updates(
     fleet: Fleet,
-    adapter: Arrays,
+    strategy: Strategy,
+    sent: Arrays,
+    orders: Mapping[int, ConfigRecord],
     sampled: Mapping[int, int],
     config: RunConfig,
-    round_number: int,
-    base_model_sha256: str,
 ) -> Replies:
-    """Send the adapter to the sampled clients and check what comes back. A bad reply costs its client the round."""
-    arrays = ArrayRecord({name: Array(array) for name, array in adapter.items()})
-    order = ConfigRecord({"round": round_number, "base-model-sha256": base_model_sha256})
-    content = RecordDict({"arrays": arrays, "config": order})
-    replies = dict(fleet.ask(dict.fromkeys(sampled, content), MessageType.TRAIN))
+    """Send the arrays to the sampled clients, and check each update that comes back and hand it to the strategy.
+
+    A bad reply costs its client the round.
+    """
+    arrays = ArrayRecord({name: Array(array) for name, array in sent.items()})
+    contents = {node: RecordDict({"arrays": arrays, "config": order}) for node, order in orders.items()}
     expected = TRAINING_COUNTS + (CURATION_COUNTS if config.arm.filters else ())
-    accepted, rejected = [], {}
-    for node, client_id in sampled.items():  # by client number, because the sum of floats depends on the order
+    accepted, rejected, bytes_up = [], {}, 0
+    for node, reply in fleet.ask(contents, MessageType.TRAIN):
         try:
-            update = unpack(client_id, replies.get(node))
-            check_update(update, adapter, expected, config.max_tokens_per_client)
+            update = unpack(sampled[node], reply)
+            reference = strategy.reply_reference(update.arrays)
+            check_update(update, reference, expected, config.max_tokens_per_client, config.max_update_norm)
+            strategy.add(update)
         except AdapterError as error:
-            rejected[client_id] = error.message
+            rejected[sampled[node]] = error.message
             continue
-        accepted.append(update)
-    return Replies(accepted, rejected)
+        accepted.append(update.counts_only())
+        bytes_up += count_bytes(update.arrays)
+    accepted.sort(key=lambda update: update.client_id)  # the sums of counts must not depend on who came first
+    return Replies(accepted, dict(sorted(rejected.items())), bytes_up)
 
 
 def unpack(client_id: int, reply: Message | None) -> ClientUpdate:
@@ -209,20 +235,6 @@ def filter_model_of(content: RecordDict) -> tuple[str, str] | None:
     """Id and sha256 of the classifier that a client curated with."""
     record = content.config_records.get("filter")
     return None if record is None else (str(record.get("model-id"))[:200], str(record.get("model-sha256"))[:64])
-
-
-def aggregate(strategy: FedAvg, accepted: list[ClientUpdate], round_number: int) -> Arrays:
-    """Average adapters by Flower's strategy. LoRA's A and B matrices are averaged apart, as FedAvg does."""
-    replies = []
-    for update in accepted:
-        arrays = ArrayRecord({name: Array(array) for name, array in update.arrays.items()})
-        weight = MetricRecord({strategy.weighted_by_key: update.num_tokens})
-        content = RecordDict({"arrays": arrays, "metrics": weight})
-        replies.append(Message(content, dst_node_id=update.client_id, message_type=MessageType.TRAIN))
-    averaged, _ = strategy.aggregate_train(round_number, replies)
-    if averaged is None:
-        raise ConfigError("the strategy returned no adapter")
-    return {name: array.numpy() for name, array in averaged.items()}
 
 
 def report_progress(record: RoundRecord, config: RunConfig, sampled: int) -> None:

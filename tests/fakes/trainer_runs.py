@@ -2,7 +2,7 @@
 
 import json
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ class LocalGrid(Grid):
             for client in clients
         }
 
-    def set_node_config(self, client: int, values: dict[str, str]) -> None:
+    def set_node_config(self, client: int, values: Mapping[str, str | int]) -> None:
         """What a silo was started with, beside its number."""
         self._contexts[NODE_OFFSET + client].node_config.update(values)
 

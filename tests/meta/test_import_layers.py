@@ -32,6 +32,8 @@ TORCH = (
     "services.safety.training.bench",
     "services.safety.guard.local",
 )
+# Where Flower may be.
+FLOWER = ("trainer.server_app", "trainer.client_app", "trainer.exchange", "trainer.strategies", "trainer.bench")
 NO_TORCH = ("services.contracts", "services.common", "services.safety", "gateway", "evaluation", "stack")
 
 
@@ -77,8 +79,8 @@ def test_library_stays_in_its_place(path: Path) -> None:
     roots = {i.split(".")[0] for i in imports(path)}
     if name not in TORCH and any(within(name, c) for c in NO_TORCH):
         assert not roots & HEAVY
-    if name not in ("trainer.server_app", "trainer.client_app", "trainer.exchange"):
-        assert "flwr" not in roots, f"{name} imports flwr; only the two Flower apps and their messages may"
+    if not any(within(name, place) for place in FLOWER):
+        assert "flwr" not in roots, f"{name} imports flwr; only {', '.join(FLOWER)} may"
     if "fastapi" in roots:
         assert name.endswith(".app") or within(name, "services.common"), f"{name} imports fastapi"
     if within(name, "services.contracts"):

@@ -1,33 +1,31 @@
 """Checks on what clients send, and the weighted average, against arrays worked out by hand."""
 
 import json
+import random
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from flwr.serverapp.strategy import FedAvg
+from hypothesis import given
+from hypothesis import strategies as st
 
 from services.contracts.errors import AdapterError
-from tests.fakes.trainer_runs import be_the_coordinator
 from tests.regenerate_golden import FEDAVG, average_golden_updates
 from trainer.aggregation import (
+    MAX_WEIGHT,
     Arrays,
     ClientUpdate,
+    RunningMean,
     TooFewClients,
     check_update,
     count_bytes,
     mean_by_tokens,
     require_enough,
 )
-from trainer.server_app import aggregate
 
 METRICS = ("num-tokens", "loss")
-
-
-@pytest.fixture(autouse=True)
-def coordinator() -> None:
-    be_the_coordinator()
 
 
 def floats(values: object) -> npt.NDArray[np.float32]:
@@ -43,10 +41,17 @@ def update(client_id: int = 3, tokens: float = 10, loss: float = 1.0, **arrays: 
     return ClientUpdate(client_id, reference() | changed, {"num-tokens": tokens, "loss": loss})
 
 
+def mean_of(*updates: tuple[Arrays, int]) -> Arrays:
+    running = RunningMean()
+    for arrays, weight in updates:
+        running.add(arrays, weight)
+    return running.mean()
+
+
 def test_average_is_weighted_by_tokens() -> None:
-    one = update(0, 1, a=floats([[4, 0], [0, 8]]), b=np.float32(4))
-    three = update(1, 3, a=floats([[0, 4], [0, 8]]), b=np.float32(0))
-    averaged = aggregate(FedAvg(weighted_by_key="num-tokens"), [one, three], 1)
+    one = {"a": floats([[4, 0], [0, 8]]), "b": floats(4)}
+    three = {"a": floats([[0, 4], [0, 8]]), "b": floats(0)}
+    averaged = mean_of((one, 1), (three, 3))
     np.testing.assert_array_equal(averaged["a"], floats([[1, 3], [0, 8]]))
     assert averaged["b"].shape == ()
     assert averaged["b"] == 1.0
@@ -54,8 +59,44 @@ def test_average_is_weighted_by_tokens() -> None:
 
 
 def test_average_of_one_client_is_that_client() -> None:
-    only = update(0, 7, a=floats([[1, 2], [3, 4]]))
-    np.testing.assert_array_equal(aggregate(FedAvg(weighted_by_key="num-tokens"), [only], 1)["a"], only.arrays["a"])
+    only = {"a": floats([[1, 2], [0.1, 1e-30]])}
+    np.testing.assert_array_equal(mean_of((only, 7))["a"], only["a"])
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(-1e4, 1e4, width=32), st.integers(1, 2**20)), min_size=2, max_size=12
+    ),
+    st.randoms(use_true_random=False),
+)  # fmt: skip
+def test_average_does_not_depend_on_the_order_of_arrival(
+    values: list[tuple[float, int]], shuffler: random.Random
+) -> None:
+    updates = [({"a": floats([value])}, weight) for value, weight in values]
+    average = mean_of(*updates)["a"][0]
+    shuffler.shuffle(updates)
+    assert mean_of(*updates)["a"][0] == average
+    exact = sum(Fraction(value) * weight for value, weight in values) / sum(weight for _, weight in values)
+    assert average == pytest.approx(float(exact), rel=2**-23, abs=1e-40)
+
+
+def test_average_keeps_what_a_plain_float32_or_float64_sum_loses() -> None:
+    big, small = {"a": floats([2.0**60])}, {"a": floats([1.0])}
+    average = mean_of((big, 1), (small, 1), ({"a": floats([-(2.0**60)])}, 1), (small, 1))
+    assert average["a"][0] == 0.5
+
+
+@pytest.mark.parametrize("weight", [0, -1, MAX_WEIGHT + 1])
+def test_weight_that_would_not_be_exact_is_refused(weight: int) -> None:
+    with pytest.raises(ValueError, match=f"a weight of {weight} is not from 1 to"):
+        mean_of((reference(), weight))
+
+
+def test_update_that_changes_too_much_is_refused_with_the_figure() -> None:
+    far = update(a=floats([[3, 0], [0, 4]]))
+    check_update(far, reference(), METRICS, max_tokens=1000, max_norm=5.0)
+    with pytest.raises(AdapterError, match=r"client 3: the update's norm is 5, and max-update-norm is 4\.9"):
+        check_update(far, reference(), METRICS, max_tokens=1000, max_norm=4.9)
 
 
 def test_average_reproduces_the_golden_file() -> None:

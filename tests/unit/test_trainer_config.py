@@ -25,7 +25,7 @@ def test_pyproject_lists_exactly_the_keys_that_exist() -> None:
 def test_pyproject_names_the_two_flower_apps() -> None:
     app = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     assert app["components"] == {"serverapp": "trainer.server_app:app", "clientapp": "trainer.client_app:app"}
-    assert app["fab-include"] == ["trainer/*.py"]
+    assert app["fab-include"] == ["trainer/*.py", "trainer/strategies/*.py"]
 
 
 def test_defaults_with_data_are_valid() -> None:
@@ -59,6 +59,21 @@ def test_unknown_key_is_refused_by_name_with_the_nearest_known_one() -> None:
         ({"coordinator_critique_url": "", "red_team_data": ""}, "needs coordinator-critique-url, red-team-data"),
         ({"replay_data": ""}, "needs replay-data"),
         ({"placement": "clustered"}, "placement: Input should be 'spread' or 'concentrated'"),
+        ({"strategy": "fedsgd"}, "strategy: Input should be 'fedavg', 'fedprox', "),
+        ({"strategy": "fedprox"}, "strategy=fedprox with proximal-mu=0.0: fedprox needs it"),
+        ({"proximal_mu": 0.1}, "strategy=fedavg with proximal-mu=0.1: fedprox needs it, no other has it"),
+        ({"server_learning_rate": 0.1}, "strategy=fedavg has no server-learning-rate; fedavgm, scaffold, "),
+        ({"strategy": "fedex-lora"}, r"strategy=fedex-lora needs a residual-rank from 1 to lora-rank - 1 \(7\)"),
+        ({"strategy": "flora", "residual_rank": 8}, "strategy=flora needs a residual-rank from 1 to"),
+        ({"residual_rank": 2}, "residual-rank is for strategy=fedex-lora and flora; fedavg has no residual"),
+        ({"client_rank": 9}, "client-rank=9 is more than lora-rank=8"),
+        ({"client_rank": 4, "strategy": "ffa-lora"}, "strategy=ffa-lora needs one rank everywhere; client-rank is for"),
+        ({"strategy": "krum"}, "strategy=krum with malicious-clients=0: median, trimmed-mean, .* need it"),
+        ({"malicious_clients": 1}, "strategy=fedavg with malicious-clients=1: .* no other has it"),
+        (
+            {"strategy": "bulyan", "malicious_clients": 2, "min_clients": 8},
+            "strategy=bulyan withstands malicious-clients=2 only among 11 or more updates; min-clients is 8",
+        ),
     ],
 )
 def test_bad_value_or_contradiction_is_refused(changes: dict[str, RunValue], message: str) -> None:
@@ -70,6 +85,36 @@ def test_own_data_needs_a_file_for_each_client() -> None:
     with pytest.raises(ConfigError, match=r"shard-data needs \{shard\}"):
         make_config(shard_data="/data/all.jsonl")
     assert make_config(shard_data="/data/{shard}.jsonl", arm="none").max_tokens_per_client > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"strategy": "fedprox", "proximal_mu": 0.01},
+        {"strategy": "flora", "residual_rank": 4},
+        {"strategy": "flexlora", "client_rank": 4},
+        {"strategy": "ffa-lora", "client_rank": 8},
+        {"strategy": "krum", "malicious_clients": 1, "min_clients": 5},
+    ],
+)
+def test_strategy_with_what_it_needs_is_valid_and_part_of_the_runs_identity(changes: dict[str, RunValue]) -> None:
+    config = make_config(**(DATA | changes))
+    identity = config.identity()
+    assert identity["strategy"] == changes["strategy"]
+    assert "client-rank" not in identity  # a silo's own
+    assert {"residual-rank", "proximal-mu", "local-optimizer", "max-update-norm"} <= identity.keys()
+
+
+@pytest.mark.parametrize(("strategy", "rate"), [("fedavgm", 1.0), ("fedadam", 1e-3), ("scaffold", 1.0)])
+def test_server_learning_rate_has_a_default_by_strategy(strategy: str, rate: float) -> None:
+    assert make_config(**DATA, strategy=strategy).server_rate == rate
+    assert make_config(**DATA, strategy=strategy, server_learning_rate=0.5).server_rate == 0.5
+
+
+def test_silo_chooses_its_own_rank() -> None:
+    config = parse_run_config(run_values(**DATA), silo={"client-rank": 2})
+    assert (config.own_rank, config.lora_rank) == (2, 8)
+    assert make_config(**DATA).own_rank == 8
 
 
 def test_arm_without_a_stage_needs_none_of_its_services() -> None:

@@ -1,0 +1,31 @@
+"""What a request took is freed when it ends: a full garbage collection would hold up all streams."""
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from gateway.answers import Part
+from gateway.request import Request
+from gateway.streaming import CheckedAnswer
+from gateway.visits import Visit
+from tests.fakes.gateway_stack import Stack, wait_for, words
+
+BELONGING_TO_A_REQUEST = (Visit, Request, CheckedAnswer, Part)
+
+
+@pytest.fixture
+def no_collections() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collections")
+@pytest.mark.parametrize("stream", [False, True])
+def test_requests_leave_nothing_to_the_garbage_collector(stack: Stack, stream: bool) -> None:
+    stack.answer(words(20, sentence=5))
+    for _ in range(3):
+        assert stack.ask(stream=stream).status_code == 200
+    wait_for(lambda: not [held for held in gc.get_objects() if isinstance(held, BELONGING_TO_A_REQUEST)])
