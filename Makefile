@@ -136,6 +136,19 @@ measure: setup ## print the measured quality of the shipped classifier and minia
 results: setup ## the demo's federations over three training seeds and two splits; writes runs/results
 	$(BIN)/python -m stack results
 
+PROBE := runs/screening-probe
+.PHONY: screening-probe
+screening-probe: setup ## train the screening's direction probe anew, on own wording only (a minute)
+	mkdir -p $(PROBE)
+	env -u FEDWARD_DATA $(BIN)/python -m trainer.miniature corpus --kind harmful -n 600 --seed 9003 --out $(PROBE)/harmful.jsonl
+	env -u FEDWARD_DATA $(BIN)/python -m trainer.miniature corpus --kind benign -n 600 --seed 9004 --out $(PROBE)/benign.jsonl
+	$(BIN)/python -m trainer.probe_training train --harmful $(PROBE)/harmful.jsonl --benign $(PROBE)/benign.jsonl \
+	  --seeds 200 201 202 203 204 205
+
+.PHONY: hostile
+hostile: setup ## federations with malicious clients, with and without defences; writes runs/hostile
+	$(BIN)/python -m stack hostile
+
 .PHONY: clean
 clean: ## remove caches and build output; runs and the environment stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

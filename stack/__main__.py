@@ -1,4 +1,4 @@
-"""Command line of the stack: ``python -m stack {demo,up,down,results}``."""
+"""Command line of the stack: ``python -m stack {demo,up,down,results,hostile}``."""
 
 import argparse
 import os
@@ -13,6 +13,7 @@ from rich.console import Console
 from services.common.settings import exit_with
 from services.contracts.errors import FedwardError
 from stack.demo import run_demo
+from stack.hostile import plan_seeds, report, run_hostile
 from stack.plan import DemoPlan
 from stack.results import run_all
 from stack.up import down, up
@@ -71,13 +72,24 @@ def _plan(arguments: argparse.Namespace) -> DemoPlan:
 
 
 def _demo(arguments: argparse.Namespace, console: Console) -> None:
-    run_demo(_plan(arguments), console, shlex.join(["python", "-m", "stack", *sys.argv[1:]]))
+    run_demo(_plan(arguments), console, _command())
 
 
 def _results(arguments: argparse.Namespace, console: Console) -> None:
     flags = arguments.demo_flags
     size = _plan(_parser().parse_args(["demo", "--no-release", *flags]))
     run_all(arguments.out, size, arguments.seeds, arguments.split_seeds, flags, console)
+
+
+def _hostile(arguments: argparse.Namespace, console: Console) -> None:
+    if arguments.report:
+        report(arguments.out, plan_seeds(arguments.out, _plan(arguments), arguments.seeds), console, _command())
+    else:
+        run_hostile(arguments.out, _plan(arguments), arguments.seeds, console, _command())
+
+
+def _command() -> str:
+    return shlex.join(["python", "-m", "stack", *sys.argv[1:]])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,6 +113,16 @@ def _parser() -> argparse.ArgumentParser:
     results.add_argument("demo_flags", nargs="*", metavar="-- DEMO_FLAGS", help="further flags of `demo`, after --")
     results.set_defaults(run=_results)
 
+    hostile = commands.add_parser("hostile", help="federations with malicious clients, with and without defences")
+    hostile.add_argument("--out", type=Path, default=Path("runs/hostile"), help="folder (default: runs/hostile)")
+    hostile.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds (default: 0 1 2)")
+    hostile.add_argument("--rounds", type=_positive, default=3)
+    hostile.add_argument("--samples-per-client", type=_positive, default=24)
+    hostile.add_argument("--limit", type=_positive, default=80, help="prompts of each evaluation set (default: 80)")
+    hostile.add_argument("--report", action="store_true", help="only write the report, on what is finished")
+    _add_benchmarks_flag(hostile)
+    hostile.set_defaults(run=_hostile, clients=10, release=False)
+
     upward = commands.add_parser("up", help="start the services and the gateway and leave them running")
     upward.add_argument("--out", type=Path, default=Path("runs/up"), help="folder of logs (default: runs/up)")
     upward.add_argument("--release", type=Path, help="adapter folder to serve; the base model without")
@@ -113,7 +135,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_demo_flags(demo: argparse.ArgumentParser) -> None:
-    data = os.environ.get("FEDWARD_DATA")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder (default: runs/demo)")
     demo.add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
     demo.add_argument("--split-seed", type=int, default=0, help="of AdvBench's split (default: 0)")
@@ -122,10 +143,15 @@ def _add_demo_flags(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--samples-per-client", type=_positive, default=DemoPlan.samples_per_client)
     demo.add_argument("--harmful-share", type=_share, default=DemoPlan.harmful_share)
     demo.add_argument("--limit", type=_positive, help="ask only the first N prompts of each evaluation set")
-    demo.add_argument(
+    _add_benchmarks_flag(demo)
+    demo.add_argument("--no-release", dest="release", action="store_false", help="end with the report")
+
+
+def _add_benchmarks_flag(command: argparse.ArgumentParser) -> None:
+    data = os.environ.get("FEDWARD_DATA")
+    command.add_argument(
         "--benchmarks", type=Path, default=data and Path(data), help="folder of benchmarks (default: $FEDWARD_DATA)"
     )
-    demo.add_argument("--no-release", dest="release", action="store_false", help="end with the report")
 
 
 def _positive(text: str) -> int:

@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from services.common.http import ServiceClient
 from services.contracts.adapters import AdapterInfo, LoadAdapterRequest, UnloadAdapterRequest, read_manifest
@@ -39,8 +40,17 @@ def train_arms(
     processes.run("trainer", [sys.executable, "-m", "trainer", "run", *map(str, files)], meanwhile=tell)
 
 
-def write_run_config(plan: DemoPlan, services: Sequence[Service], data: DemoData, arm: str) -> Path:
-    """Write the run-config keys of one arm that differ from the defaults in pyproject.toml; returns the TOML file."""
+def write_run_config(
+    plan: DemoPlan,
+    services: Sequence[Service],
+    data: DemoData,
+    arm: str,
+    changes: Mapping[str, str | int | float] = MappingProxyType({}),
+) -> Path:
+    """Write the run-config keys of one arm that differ from the defaults in pyproject.toml; returns the TOML file.
+
+    ``changes`` go before the keys that the plan and the arm's name give.
+    """
     url = {service.name: service.url for service in services}
     values: dict[str, str | int | float] = {
         "resume": True,
@@ -62,6 +72,7 @@ def write_run_config(plan: DemoPlan, services: Sequence[Service], data: DemoData
         "critique-url": url["critique"],
         "coordinator-critique-url": url["critique"],
         "inference-url": url["inference"],
+        **changes,
     }
     path = plan.out / "data" / f"run-{arm}.toml"
     # JSON's scalars are TOML's, but for its surrogate pairs.

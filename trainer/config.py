@@ -131,6 +131,21 @@ class RunConfig(BaseModel):
     critique_url: OptionalText = Field(description="the critique service of the client's own silo")
     service_timeout_seconds: float = Field(gt=0)
 
+    screening: Literal["off", "report", "down-weight", "drop"] = Field(
+        description="what to do with updates that would make the model less safe"
+    )
+    screening_prompts: int = Field(ge=1, description="red-team prompts that each client's adapter is tried with")
+    screening_probe: OptionalPath = Field(description="a trained direction probe; the shipped one when not set")
+    max_safety_drop: float = Field(
+        gt=0, description="in nats per token: how much less likely an update may make refusals than compliances"
+    )
+    max_harm_cosine: float = Field(
+        gt=0, le=1, description="how far an update may point in the direction of harmful training"
+    )
+    max_weight_ratio: float = Field(
+        ge=1, description="where screening acts: a client's weight, at most so many times the median client's"
+    )
+
     inference_url: OptionalText = Field(description="the coordinator's inference service")
     coordinator_critique_url: OptionalText = Field(description="the coordinator's critique service")
     red_team_data: OptionalPath = Field(description="JSONL of prompts that the aggregated model is tried with")
@@ -175,6 +190,8 @@ class RunConfig(BaseModel):
             needs["safety-url"] = self.safety_url
             if self.curation_mode == "revise":
                 needs["critique-url"] = self.critique_url
+        if self.screening != "off":
+            needs["red-team-data"] = self.red_team_data
         if self.arm.constitutional:
             needs["inference-url"] = self.inference_url
             needs["coordinator-critique-url"] = self.coordinator_critique_url
@@ -184,7 +201,17 @@ class RunConfig(BaseModel):
         missing = [key for key, value in needs.items() if value is None]
         if missing:
             mode = f" with curation-mode={self.curation_mode}" if self.arm.filters else ""
-            raise ValueError(f"arm={self.arm}{mode} needs {', '.join(missing)}")
+            screened = "" if self.screening == "off" else f" with screening={self.screening}"
+            raise ValueError(f"arm={self.arm}{mode}{screened} needs {', '.join(missing)}")
+        return self
+
+    @model_validator(mode="after")
+    def _screening_sees_adapters(self) -> Self:
+        if self.screening != "off" and self.strategy not in (*SEVERAL_RANKS, *ROBUST_NEEDS):
+            raise ValueError(
+                f"screening={self.screening} needs clients that send whole adapters; those of strategy={self.strategy} "
+                "send something else"
+            )
         return self
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, computed_field
 
@@ -13,6 +13,9 @@ from trainer.curation import CurationReport
 # The counts that a client sends with its adapter, by name; the second group only in an arm with the filter.
 TRAINING_COUNTS = ("num-tokens", "loss", "steps", "skipped", "train-seconds")
 CURATION_COUNTS = tuple(f"curation-{name}" for name in CurationReport.model_fields)
+
+
+Decision: TypeAlias = Literal["kept", "down-weighted", "dropped"]
 
 
 class ConstitutionalReport(BaseModel):
@@ -29,6 +32,25 @@ class ConstitutionalReport(BaseModel):
     steps: int
     loss: float
     constitution_sha256: str
+
+
+class Screened(BaseModel):
+    """The audit line of one client's update in one round: what was found and what was done.
+
+    ``tokens`` is the weight that the client claims, ``weight`` the one that its update was averaged with. The scores
+    are those of ``trainer.screening``: null in the file where they are not finite, ``harm_cosine`` also without a
+    probe. ``flagged`` stands also where the mode is to report only.
+    """
+
+    client_id: int
+    decision: Decision
+    flagged: bool
+    reason: str
+    tokens: int
+    weight: int
+    safety_drop: float | None
+    harm_cosine: float | None
+    agreement: float | None
 
 
 class RoundRecord(BaseModel):
@@ -57,6 +79,7 @@ class RoundRecord(BaseModel):
     curation: CurationReport | None = None
     curation_precision: float | None = None
     curation_recall: float | None = None
+    screening: list[Screened] = []
     cai: ConstitutionalReport | None = None
     filter_model_id: str | None = None
     filter_model_sha256: str | None = None

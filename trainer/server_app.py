@@ -15,7 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Message
 from flwr.serverapp import Grid, ServerApp
 
 from services.contracts.errors import AdapterError, ConfigError
-from trainer import constitutional
+from trainer import constitutional, screening
 from trainer.aggregation import (
     Arrays,
     ClientUpdate,
@@ -100,7 +100,12 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
         accepted, rejected, bytes_up = collect_updates(fleet, strategy, sent, orders, sampled, config)
         clock.lap("train")
 
-        # 2. Aggregation of the updates that passed the checks; the strategy took each of them as it came.
+        # 2. Screening, then aggregation. Without screening the strategy took each update as it came.
+        accepted, dropped, screened = screening.screen(trainee, sent, accepted, config, round_number)
+        rejected |= dropped
+        if config.screening != "off":
+            for update in accepted:
+                strategy.add(update)
         for reason in rejected.values():
             log.warning("round %d: left out: %s", round_number, reason)
         require_enough(accepted, rejected, config.min_clients)
@@ -126,6 +131,7 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
             strategy_metrics=strategy.metrics,
             strategy_state_sha256=folder.write_state(round_number, strategy.state()),
             rejected=rejected,
+            screening=screened,
             late=fleet.count_late(),
             cai=cai,
             seconds=sum(clock.laps.values()),
@@ -190,7 +196,7 @@ def collect_updates(
 ) -> Replies:
     """Send the arrays to the sampled clients, and check each update that comes back and hand it to the strategy.
 
-    A bad reply costs its client the round.
+    A bad reply costs its client the round. Updates that are to be screened first are kept whole.
     """
     arrays = ArrayRecord({name: Array(array) for name, array in sent.items()})
     contents = {node: RecordDict({"arrays": arrays, "config": order}) for node, order in orders.items()}
@@ -201,11 +207,12 @@ def collect_updates(
             update = unpack(sampled[node], reply)
             reference = strategy.reply_reference(update.arrays)
             check_update(update, reference, expected, config.max_tokens_per_client, config.max_update_norm)
-            strategy.add(update)
+            if config.screening == "off":
+                strategy.add(update)
         except AdapterError as error:
             rejected[sampled[node]] = error.message
             continue
-        accepted.append(update.counts_only())
+        accepted.append(update.counts_only() if config.screening == "off" else update)
         bytes_up += count_bytes(update.arrays)
     accepted.sort(key=lambda update: update.client_id)  # the sums of counts must not depend on who came first
     return Replies(accepted, dict(sorted(rejected.items())), bytes_up)

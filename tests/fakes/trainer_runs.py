@@ -1,22 +1,18 @@
 """Configurations, data files and an in-process grid for tests of the federation."""
 
 import json
-import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Message
 from flwr.proto.node_pb2 import NodeInfo
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
-from trainer.client_app import app as client_app
 from trainer.config import RunConfig, RunValue, default_run_config, parse_run_config
+from trainer.in_process import NODE_OFFSET, Change, InProcessGrid
+from trainer.in_process import be_the_coordinator as be_the_coordinator  # for tests that make messages
 
 ROOT = Path(__file__).parents[2]
-NODE_OFFSET = 1000  # node ids that are not client numbers
 
 
 def run_values(**changes: RunValue | Path) -> dict[str, RunValue]:
@@ -64,20 +60,12 @@ def small_run(folder: Path, model: Path, **changes: RunValue | Path) -> RunConfi
     return make_config(**(settings | changes))
 
 
-def be_the_coordinator() -> None:
-    """Give this process the identity that Flower's messages need and that its runtime would set."""
-    TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
-
-
-Tamper = Callable[[Message, Message], Message | None]  # what was asked, what the client answers
+Tamper = Change
 TRAIN, QUERY = "train", "query"
 
 
-class LocalGrid(Grid):
-    """A grid whose clients run in this process, by the real ClientApp.
-
-    ``tamper`` changes what a client replies to messages of the type ``tampered``; None is a client that never answers.
-    """
+class LocalGrid(InProcessGrid):
+    """The in-process grid, with the rounds' clients noted and node configurations to change."""
 
     def __init__(
         self,
@@ -86,60 +74,19 @@ class LocalGrid(Grid):
         tamper: dict[int, Tamper] | None = None,
         tampered: str = TRAIN,
     ) -> None:
-        be_the_coordinator()
-        self.tamper = tamper or {}
-        self.tampered = tampered
+        super().__init__(config, clients, tamper, tampered)
         self.rounds: list[list[int]] = []
         self.names: dict[int, str] = {}  # what the keys of clients were registered as
-        self._replies: dict[str, Message] = {}
-        values = {
-            key: "" if value is None else value for key, value in config.model_dump(mode="json", by_alias=True).items()
-        }
-        self._contexts = {
-            NODE_OFFSET + client: Context(1, NODE_OFFSET + client, {"partition-id": client}, RecordDict(), values)
-            for client in clients
-        }
 
     def set_node_config(self, client: int, values: Mapping[str, str | int]) -> None:
         """What a silo was started with, beside its number."""
-        self._contexts[NODE_OFFSET + client].node_config.update(values)
-
-    def set_run(self, run: Run) -> None:
-        raise NotImplementedError
-
-    @property
-    def run(self) -> Run:
-        raise NotImplementedError
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        raise NotImplementedError
+        self.contexts[NODE_OFFSET + client].node_config.update(values)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        ids, trained = [], []
-        for message in messages:
-            message_id = message.metadata.__dict__["_message_id"] = uuid.uuid4().hex  # as Flower's grids do
-            ids.append(message_id)
-            client = message.metadata.dst_node_id - NODE_OFFSET
-            reply: Message | None = client_app(message, self._contexts[message.metadata.dst_node_id])
-            if message.metadata.message_type == TRAIN:
-                trained.append(client)
-            if reply is not None and client in self.tamper and message.metadata.message_type == self.tampered:
-                reply = self.tamper[client](message, reply)
-            if reply is not None:
-                self._replies[message_id] = reply
-        if trained:
+        asked = list(messages)
+        if trained := [m.metadata.dst_node_id - NODE_OFFSET for m in asked if m.metadata.message_type == TRAIN]:
             self.rounds.append(trained)
-        return ids
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        came = [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
-        return list(reversed(came))  # replies come in any order
+        return super().push_messages(asked)
 
     def get_nodes(self) -> list[NodeInfo]:
-        return [NodeInfo(node_id=node, name=self.names.get(node - NODE_OFFSET, "")) for node in self._contexts]
-
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self._contexts)
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        raise NotImplementedError
+        return [NodeInfo(node_id=node, name=self.names.get(node - NODE_OFFSET, "")) for node in self.contexts]

@@ -33,7 +33,10 @@ TORCH = (
     "services.safety.guard.local",
 )
 # Where Flower may be.
-FLOWER = ("trainer.server_app", "trainer.client_app", "trainer.exchange", "trainer.strategies", "trainer.bench")
+FLOWER = (
+    "trainer.server_app", "trainer.client_app", "trainer.exchange", "trainer.in_process", "trainer.strategies",
+    "trainer.bench",
+)  # fmt: skip
 NO_TORCH = ("services.contracts", "services.common", "services.safety", "gateway", "evaluation", "stack")
 
 
