@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from gateway.asked import Asked, Kind, has_words
 from gateway.metrics import DECISIONS
 from gateway.policy import Action, Decision, Direction, Policy, decide
+from gateway.shared_calls import MAX_ITEMS
 from services.common.logs import get_logger
 from services.common.spans import span
 from services.contracts.errors import FedwardError
@@ -15,7 +16,6 @@ from services.contracts.verdicts import ClassifyItem, Verdict
 
 Classify = Callable[[Sequence[ClassifyItem], Direction, float], Awaitable[list[Verdict]]]
 Note = Callable[[Decision, Sequence[Verdict], int, float], None]
-MAX_ITEMS = 64  # in one call, unless a single text needs more: the safety service takes 256
 
 
 def windows(text: str, size: int) -> list[str]:

@@ -21,6 +21,7 @@ from gateway.policy import Direction
 from gateway.protocols import Wire
 from gateway.service import BODY_LIMIT, Service
 from gateway.settings import GatewaySettings
+from gateway.shared_calls import SharedCalls
 from gateway.sse import DONE, EventTooLarge, SseParser
 from services.common.spans import span
 from services.contracts.chat import Json, TgiError
@@ -70,6 +71,7 @@ class Upstreams:
         self._revise_seconds = settings.revise_seconds
         urls = {INFERENCE: settings.inference_url, SAFETY: settings.safety_url, CRITIQUE: settings.critique_url}
         self._services = {name: Service(name, url, settings) for name, url in urls.items() if url}
+        self._checks = SharedCalls(self._call_classifier, settings.safety_calls_in_flight)
 
     async def close(self) -> None:
         """Close all kept connections."""
@@ -90,18 +92,22 @@ class Upstreams:
         self, items: Sequence[ClassifyItem], direction: Direction, deadline_seconds: float
     ) -> list[Verdict]:
         """One verdict per item, within the deadline; raises UpstreamUnavailable for anything else."""
-        content = ClassifyRequest(items=list(items)).model_dump_json(exclude_none=True).encode()
-        safety, started = self._services[SAFETY], time.perf_counter()
+        started = time.perf_counter()
         try:
-            with safety.breaker.watching(), _readable(SAFETY):
-                answer = await self._fetch(safety, "POST", "/v1/classify", content, deadline_seconds)
-                verdicts = ClassifyResponse.model_validate_json(answer).verdicts
-                if len(verdicts) != len(items):
-                    raise UpstreamUnavailable(SAFETY, f"gave {len(verdicts)} verdicts on {len(items)} texts")
+            return await self._checks.classify(items, deadline_seconds)
         except PassedOn as error:
             raise UpstreamUnavailable(SAFETY, f"answered HTTP {error.status} to a check") from error
         finally:
             CHECK_SECONDS.labels(direction.value).observe(time.perf_counter() - started)
+
+    async def _call_classifier(self, items: Sequence[ClassifyItem], seconds: float) -> list[Verdict]:
+        content = ClassifyRequest(items=list(items)).model_dump_json(exclude_none=True).encode()
+        safety = self._services[SAFETY]
+        with safety.breaker.watching(), _readable(SAFETY):
+            answer = await self._fetch(safety, "POST", "/v1/classify", content, seconds)
+            verdicts = ClassifyResponse.model_validate_json(answer).verdicts
+            if len(verdicts) != len(items):
+                raise UpstreamUnavailable(SAFETY, f"gave {len(verdicts)} verdicts on {len(items)} texts")
         return verdicts
 
     async def revise(self, item: CritiqueItem) -> Revision:

@@ -109,12 +109,13 @@ def _collect_less_garbage() -> None:
     """Make full collections short and rare: at 1,000 open streams one holds all of them up for 0.2 s and more.
 
     What is loaded by now stays for ever and is not searched again. What a request needs is freed without a collection
-    when nothing refers to it any more: in the gateway's main path no objects hold each other (a test looks).
+    when nothing refers to it any more: in the gateway's main path no objects hold each other (a test looks). Requests
+    that fail do leave some, which bounds how rare collections may be.
     """
     gc.collect()
     gc.freeze()
     young, middle, _ = gc.get_threshold()
-    gc.set_threshold(young, middle, 1000)
+    gc.set_threshold(young, middle, 50)
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from gateway.checks import MAX_ITEMS, Checker
+from gateway.checks import Checker
 from gateway.policy import Action, Decision, Direction, DirectionPolicy, Policy
+from gateway.shared_calls import MAX_ITEMS
 from services.contracts.errors import UpstreamUnavailable
 from services.contracts.verdicts import ClassifyItem, Outcome, Verdict
 

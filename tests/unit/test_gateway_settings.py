@@ -66,6 +66,7 @@ def test_no_setting_is_added_without_this_test_being_told() -> None:
         "requests_in_flight",
         "response_threshold",
         "revise_seconds",
+        "safety_calls_in_flight",
         "safety_url",
         "served_model_name",
         "silence_seconds",
