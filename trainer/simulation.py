@@ -62,6 +62,7 @@ class Simulation:
         self._owner = (self._home / OWNER).open("wb")
         fcntl.flock(self._owner, fcntl.LOCK_EX)
         self._bin = Path(sys.executable).parent
+        self._children: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:
         try:
@@ -105,10 +106,9 @@ class Simulation:
 
         Otherwise the federation would go on, and write to a run folder that the next attempt resumes from.
         """
-        self._guard = subprocess.Popen(
-            [sys.executable, "-c", GUARD, str(self._home)],
-            stdin=subprocess.PIPE, env=self._environment(), start_new_session=True,
-        )  # fmt: skip
+        command = [sys.executable, "-c", GUARD, str(self._home)]
+        guard = subprocess.Popen(command, stdin=subprocess.PIPE, env=self._environment(), start_new_session=True)
+        self._children.append(guard)
 
     def _start(self) -> None:
         port = free_port()
@@ -124,6 +124,7 @@ class Simulation:
             superlink = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=self._environment(), start_new_session=True
             )
+        self._children.append(superlink)
         deadline = time.monotonic() + START_SECONDS
         while not _is_healthy(address):
             if superlink.poll() is not None:
@@ -151,6 +152,9 @@ class Simulation:
     def _stop(self) -> None:
         self._owner.close()
         _end_processes(self._home, psutil.Process.terminate, psutil.Process.kill, psutil.Process.kill)
+        for child in self._children:
+            with child:  # takes note of its end, and closes the pipe to it
+                pass
         shutil.rmtree(self._home, ignore_errors=True)
 
 
