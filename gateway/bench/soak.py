@@ -8,6 +8,7 @@ mock model and at the clients.
 import argparse
 import asyncio
 import os
+import random
 import re
 import shlex
 import signal
@@ -37,7 +38,7 @@ from services.common.settings import exit_with
 from services.contracts.errors import FedwardError
 
 PROGRAM = "python -m gateway.bench.soak"
-RETRY_SECONDS = 1.0  # as the gateway's Retry-After says
+RETRY_SECONDS = 1.0, 5.0  # a client whose stream failed comes back after a time between these
 SETTLE_SECONDS = 6.0  # kept connections are closed after 5 s
 
 
@@ -143,7 +144,7 @@ async def soak(
             answer = await ask(session, gateway.target, patience, stream=True)
             streams.append(_stream(asked_at, answer, options.script))
             if streams[-1].failure:
-                await asyncio.sleep(RETRY_SECONDS)
+                await asyncio.sleep(random.uniform(*RETRY_SECONDS))
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session, asyncio.TaskGroup() as group:
         for number in range(options.streams):
