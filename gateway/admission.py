@@ -139,9 +139,12 @@ class Admission:
         likely = estimate_tokens(characters, answer_tokens)
         async with self._limiter.admit(visit.identity.tenant, likely) as grant:
             visit.headers.update(grant.headers)
-            yield
-            if visit.tokens is not None:
-                grant.used(visit.tokens)
+            try:
+                yield
+            finally:
+                # Not every answer tells what it took; then what has left counts, and at least what was reserved.
+                left = estimate_tokens(characters + sum(map(len, visit.released)), 0)
+                grant.used(max(likely, left) if visit.tokens is None else visit.tokens)
 
     @property
     def _policies(self) -> PolicySet:

@@ -168,6 +168,8 @@ def texts_to_check(parts: Iterable[Part]) -> Iterator[str]:
     """Every text that the parts would show."""
     for part in parts:
         yield part.text
+        if part.call and part.call.id:  # a name by its form, but some models write it
+            yield part.call.id
         if part.call:
             meant = "\n".join(strings_in(part.call.arguments))
             if meant != part.call.arguments:

@@ -77,14 +77,14 @@ def _openai_routes(
     @router.get("/v1/models", response_model=None)
     async def models(request: Request) -> Json:
         """The models that may be asked for."""
-        await admission.visit(request.headers, request.state.request_id, Route.CHAT)
-        return await list_models(upstreams, settings)
+        visit = await admission.visit(request.headers, request.state.request_id, Route.CHAT)
+        return await list_models(upstreams, settings, visit.policy)
 
     @router.get("/v1/models/{name:path}", response_model=None)
     async def model(name: str, request: Request) -> Json:
         """One of them."""
-        await admission.visit(request.headers, request.state.request_id, Route.CHAT)
-        return await find_model(name, upstreams, settings)
+        visit = await admission.visit(request.headers, request.state.request_id, Route.CHAT)
+        return await find_model(name, upstreams, settings, visit.policy)
 
     @router.post("/v1/moderations")
     async def moderations(body: dict[str, Any], request: Request) -> Response:

@@ -81,7 +81,7 @@ class GatewaySettings(Settings, AuthSettings, LimitsSettings, AuditSettings):
     )
     checks_in_flight: int = Field(default=4, ge=1, description="stream: checks of one answer that may run at once")
     safety_calls_in_flight: int = Field(
-        default=16, ge=1, description="calls of the classifier at once; checks beyond it go together in the next call"
+        default=64, ge=1, description="calls of the classifier at once; checks beyond it go together in the next call"
     )
     held_limit_characters: int = Field(
         default=200_000, ge=1, description="most characters of one answer held back; an answer over it is cut off"

@@ -98,7 +98,8 @@ class SharedCalls:
                 _fail(jobs, error)
                 return
             for job in jobs:  # one text that the classifier refuses must not fail the others
-                await self._settle([job])
+                if not job.verdicts.done():
+                    await self._settle([job])
         except FedwardError as error:
             _fail(jobs, error)
         else:

@@ -134,8 +134,13 @@ class Upstreams:
             PassedOn: the service answered 4xx.
         """
         service = self._services[name]
-        with service.breaker.watching():
-            return await self._fetch(service, method, path, content, deadline_seconds or self._deadlines[name])
+        try:
+            with service.breaker.watching():
+                return await self._fetch(service, method, path, content, deadline_seconds or self._deadlines[name])
+        except PassedOn as refusal:
+            if name == INFERENCE:  # its words are not checked here
+                raise refusal.without_detail() from refusal
+            raise
 
     async def about(self, name: str, path: str, seconds: float) -> bytes:
         """What a service says of itself; raises as ``forward`` does. No request needs it, so no breaker counts it."""

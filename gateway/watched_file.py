@@ -50,9 +50,10 @@ class WatchedFile(Generic[T]):
     def _reload(self) -> None:
         try:
             self.current = self._read(self._path)
-        except ConfigError as error:
-            self.problem = error.message
-            get_logger().error("new file refused, the one before it stays in force", error=error.message)
+        except Exception as error:  # whatever a parser may raise: the watch over this file and the others goes on
+            told = error.message if isinstance(error, ConfigError) else f"{self._path}: {type(error).__name__}"
+            self.problem = told
+            get_logger().error("new file refused, the one before it stays in force", error=told)
         else:
             self.problem = None
             get_logger().info("new file in force", path=str(self._path))

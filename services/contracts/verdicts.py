@@ -1,6 +1,7 @@
 """Contract of the safety service: what is classified, and the verdict that comes back."""
 
 from enum import StrEnum
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -52,7 +53,7 @@ class Verdict(BaseModel):
     outcome: Outcome
     score: float | None = Field(default=None, ge=0.0, le=1.0)
     threshold: float | None = None
-    categories: dict[str, float] = Field(default_factory=dict)
+    categories: dict[str, Annotated[float, Field(ge=0.0, le=1.0)]] = Field(default_factory=dict)
     refused: bool | None = None
     model_id: str
     reason: str | None = None

@@ -28,4 +28,4 @@ def test_requests_leave_nothing_to_the_garbage_collector(stack: Stack, stream: b
     stack.answer(words(20, sentence=5))
     for _ in range(3):
         assert stack.ask(stream=stream).status_code == 200
-    wait_for(lambda: not [held for held in gc.get_objects() if isinstance(held, BELONGING_TO_A_REQUEST)])
+    wait_for(lambda: not [held for held in gc.get_objects() if type(held) in BELONGING_TO_A_REQUEST])
