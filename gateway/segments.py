@@ -27,20 +27,27 @@ class Segmenter:
     def feed(self, text: str) -> list[str]:
         """Take a piece; hand out the units that are complete."""
         self._held += text
-        units = []
-        while True:
-            end = _SENTENCE_END.search(self._held) if self._at_sentences else None
-            if end and end.end() <= self._limit:
-                units.append(self._cut(end.end()))
-            elif len(self._held) > self._limit:
-                units.append(self._cut(self._last_space(self._limit) or self._limit))
-            else:
-                return units
+        units, start = [], 0
+        while end := self._end_of_unit(start):
+            units.append(self._held[start:end])
+            start = end
+        self._held = self._held[start:]
+        return units
+
+    def _end_of_unit(self, start: int) -> int:
+        """Where the unit that begins at ``start`` ends; 0 when that has not come. Looks no further than that."""
+        limit = start + self._limit
+        found = _SENTENCE_END.search(self._held, start, limit + 1) if self._at_sentences else None
+        if found and found.end() <= limit:
+            return found.end()
+        if len(self._held) > limit:
+            return self._last_space(start, limit) or limit
+        return 0
 
     def pause(self) -> str:
         """What may go when nothing more comes for a while: whole words, or a sentence that is complete."""
         complete = self._held[-1:] in tuple(".!?…")
-        return self._cut(len(self._held) if complete else self._last_space(len(self._held)))
+        return self._cut(len(self._held) if complete else self._last_space(0, len(self._held)))
 
     def rest(self) -> str:
         """Everything that is left, at the end of the answer."""
@@ -50,9 +57,9 @@ class Segmenter:
         unit, self._held = self._held[:end], self._held[end:]
         return unit
 
-    def _last_space(self, end: int) -> int:
-        """The end of the last white space before ``end``, or 0: where a cut separates two words."""
-        for i in range(end, 0, -1):
+    def _last_space(self, start: int, end: int) -> int:
+        """The end of the last white space between the two, or 0: where a cut separates two words."""
+        for i in range(end, start, -1):
             if self._held[i - 1].isspace():
                 return i
         return 0
