@@ -62,9 +62,10 @@ def test_bytes_leave_only_where_they_are_the_tokens_own(
 
 
 def test_call_is_checked_as_written_and_as_meant() -> None:
-    part = Part.of_call(0, "tool_calls", Call(0, "1", "find", '{"a\\u0062": ["\\u0063", 1]}'))
+    part = Part.of_call(0, "tool_calls", Call(0, "call-1", "find", '{"a\\u0062": ["\\u0063", 1]}'))
     assert list(texts_to_check([part])) == [
         'find\n{"a\\u0062": ["\\u0063", 1]}',
+        "call-1",
         '{"a\\u0062": ["\\u0063", 1]}\nab\nc',
     ]
 

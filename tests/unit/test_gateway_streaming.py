@@ -183,7 +183,7 @@ def test_whole_choice_is_checked_before_its_end() -> None:
     assert seen == [
         (0, ["Thinking of "]),
         (0, ["Yes. "]),
-        (0, ["Thinking of it", "Yes. It is", 'find\n{"q": "\\u0068i"}', '{"q": "\\u0068i"}\nq\nhi']),
+        (0, ["Thinking of it", "Yes. It is", 'find\n{"q": "\\u0068i"}', "call_1", '{"q": "\\u0068i"}\nq\nhi']),
     ]
 
 
