@@ -27,6 +27,7 @@ def alive() -> int:
     return sum(type(held) in BELONGING_TO_A_REQUEST for held in gc.get_objects())
 
 
+@pytest.mark.long  # reads all objects of the process: not beside thousands of other tests
 @pytest.mark.usefixtures("no_collections")
 @pytest.mark.parametrize("stream", [False, True])
 def test_requests_leave_nothing_to_the_garbage_collector(stack: Stack, stream: bool) -> None:
