@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 from flwr.app import Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
-from flwr.supercore.task_identity import TaskIdentity
 
 from services.common.benchmarks import provenance, spread, write_figures
 from services.common.settings import exit_with
 from services.contracts.errors import ConfigError, FedwardError
 from trainer.aggregation import Arrays, check_update
+from trainer.in_process import be_the_coordinator
 from trainer.lora import A_SUFFIX, B_SUFFIX
 from trainer.server_app import unpack
 from trainer.strategies.fedavg import FedAvg
@@ -90,7 +90,7 @@ def run_apart(way: str, clients: int) -> dict[str, float]:
 
 def measure(way: str, clients: int) -> dict[str, float]:
     """Aggregate that many replies; gives CPU seconds and MB."""
-    TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # which Flower's runtime would set
+    be_the_coordinator()
     sent = blank_adapter()
     aggregate = _streamed if way == "streamed" else _kept
     aggregate(sent, 2)  # what is loaded at first use is not the clients' cost,
