@@ -1,6 +1,5 @@
 """Train the demo's federations and evaluate every round's adapter."""
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from services.common.http import ServiceClient
 from services.contracts.adapters import AdapterInfo, LoadAdapterRequest, UnloadAdapterRequest, read_manifest
 from stack.plan import DemoData, DemoPlan
 from stack.processes import Processes, Service
+from stack.toml import write_toml
 from stack.up import BASE_MODEL
 
 
@@ -74,11 +74,7 @@ def write_run_config(
         "inference-url": url["inference"],
         **changes,
     }
-    path = plan.out / "data" / f"run-{arm}.toml"
-    # JSON's scalars are TOML's, but for its surrogate pairs.
-    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    return write_toml(plan.out / "data" / f"run-{arm}.toml", values)
 
 
 def finished_rounds(run_dir: Path) -> int:

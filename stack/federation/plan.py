@@ -1,15 +1,12 @@
 """What ``make federation`` runs, and where everything of it lies."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from services.common.ports import free_port
 from stack.federation.credentials import Credentials
 from stack.federation.network import Network
-
-Value = str | int | float | bool
+from stack.toml import Value, write_toml
 
 
 @dataclass(frozen=True)
@@ -98,14 +95,6 @@ def write_configs(plan: FederationPlan, net: Network) -> tuple[Path, list[Path]]
             values["safety_port"] = free_port()
         silos.append(write_toml(plan.out / f"{name}.toml", values))
     return write_toml(plan.out / "coordinator.toml", coordinator), silos
-
-
-def write_toml(path: Path, values: Mapping[str, Value | list[str]]) -> Path:
-    """Write keys and values; JSON's scalars and lists of text are TOML's."""
-    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(lines), encoding="utf-8")
-    return path
 
 
 def _absolute(path: Path) -> str:

@@ -3,7 +3,6 @@
 Only the SuperNode talks to the coordinator. The safety service, the node's own API and the data stay here.
 """
 
-import json
 import re
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from stack.federation.flower import flower
 from stack.federation.keeper import Keeper
 from stack.federation.settings import SiloConfig
 from stack.processes import Processes, Service
+from stack.toml import Value, write_toml
 
 GIVEN_UP = re.compile(r"SSL/TLS handshake error detected|(?:Client|Server) error '\d{3}")
 # A killed node's key is refused for up to 60 s, so giving up earlier would turn a crash into an outage.
@@ -85,11 +85,11 @@ def has_lost_its_connection(output: str) -> bool:
 
 def _write_node_config(path: Path, config: SiloConfig, safety_url: str) -> None:
     """What this silo decides for itself; the coordinator's values for these keys do not count."""
-    values = {
+    values: dict[str, Value] = {
         "partition-id": config.number,
         "shard-data": str(config.shard.resolve()),
         "client-dir": str((config.state_dir / "curated").resolve()),
         "safety-url": safety_url,
         "critique-url": config.critique_url,
     }
-    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()), encoding="utf-8")
+    write_toml(path, values)

@@ -16,10 +16,11 @@ import psutil
 from stack.federation.bundles import sign_bundle
 from stack.federation.credentials import make_credentials
 from stack.federation.network import Network
-from stack.federation.plan import FederationPlan, Value, write_configs, write_toml
+from stack.federation.plan import FederationPlan, write_configs
 from stack.federation.settings import CoordinatorConfig, SiloConfig, read_config
 from stack.marks import marked
 from stack.processes import Processes
+from stack.toml import Value, write_toml
 from tests.fakes.recorder import Recorder, recording
 from tests.fakes.trainer_runs import ROOT
 from trainer.bundle import stage_app

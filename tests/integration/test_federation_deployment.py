@@ -11,7 +11,7 @@ import pytest
 
 from stack.federation.coordinator import cli_home
 from stack.federation.flower import CONNECTION, flower
-from stack.federation.plan import write_toml
+from stack.toml import write_toml
 from tests.fakes.federation import Federation, rounds_of, running_federation, wait_for
 from tests.fakes.recorder import Recorder
 from tests.fakes.trainer_runs import ROOT
