@@ -1,14 +1,11 @@
-"""What is put before the classifier, and how: every text, in windows of bounded length, in as few calls as possible."""
+"""What is put before the classifier: every text, in windows of bounded length; and what its verdicts lead to."""
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 from gateway.asked import Asked, Kind, has_words
 from gateway.metrics import DECISIONS
 from gateway.policy import Action, Decision, Direction, Policy, decide
-from gateway.shared_calls import MAX_ITEMS
 from services.common.logs import get_logger
 from services.common.spans import span
 from services.contracts.errors import FedwardError
@@ -61,29 +58,20 @@ def response_items(prompt: str, texts: Iterable[str], size: int) -> list[Classif
     return [ClassifyItem(prompt=prompt[-size:], response=part) for text in texts for part in windows(text, size)]
 
 
-@dataclass(eq=False)
-class _Job:
-    items: Sequence[ClassifyItem]
-    verdicts: asyncio.Future[list[Verdict]]
-
-
 class Checker:
-    """The checks of one request. What waits for its check at the same time goes to the classifier in one call.
+    """The checks of one request.
 
     Args:
         classify: one verdict per item, within seconds; raises FedwardError.
         policy: what verdicts lead to, and how long a check may take.
         note: is told of every decision, with its verdicts, the characters checked and the seconds it took.
-        in_flight: calls that may run at once.
     """
 
-    def __init__(self, classify: Classify, policy: Policy, note: Note, in_flight: int) -> None:
+    def __init__(self, classify: Classify, policy: Policy, note: Note) -> None:
         self._classify = classify
         self._policy = policy
         self._note = note
         self._seconds = policy.check_deadline_ms / 1000
-        self._slots = asyncio.Semaphore(in_flight)
-        self._waiting: list[_Job] = []
 
     async def decide(self, items: Sequence[ClassifyItem], direction: Direction) -> Decision:
         """Classify and decide; no verdict is an error, never an allowance."""
@@ -97,7 +85,7 @@ class Checker:
     async def _decide(self, items: Sequence[ClassifyItem], direction: Direction) -> Decision:
         started = time.perf_counter()
         try:
-            verdicts = await (self._prompt(items) if direction is Direction.PROMPT else self._together(items))
+            verdicts = await self._classify(items, direction, self._seconds)
             decision = decide(verdicts, direction, self._policy)
         except FedwardError as error:
             DECISIONS.labels(direction.value, "unavailable").inc()
@@ -111,52 +99,6 @@ class Checker:
             )
         return decision
 
-    def _prompt(self, items: Sequence[ClassifyItem]) -> Awaitable[list[Verdict]]:
-        return self._classify(items, Direction.PROMPT, self._seconds)
-
-    async def _together(self, items: Sequence[ClassifyItem]) -> list[Verdict]:
-        """Verdicts on parts of the answer. Whoever gets a slot takes along all that wait."""
-        job = _Job(items, asyncio.get_running_loop().create_future())
-        self._waiting.append(job)
-        await asyncio.sleep(0)  # what was cut from the same piece is put in line now
-        async with self._slots:
-            if job in self._waiting:
-                await self._run(self._take())
-        return await job.verdicts
-
-    def _take(self) -> list[_Job]:
-        """The first jobs in line, as many as fit into one call."""
-        taken, size = 0, 0
-        while taken < len(self._waiting) and (not taken or size + len(self._waiting[taken].items) <= MAX_ITEMS):
-            size += len(self._waiting[taken].items)
-            taken += 1
-        jobs, self._waiting = self._waiting[:taken], self._waiting[taken:]
-        return jobs
-
-    async def _run(self, jobs: Sequence[_Job]) -> None:
-        try:
-            items = [item for job in jobs for item in job.items]
-            verdicts = await self._classify(items, Direction.RESPONSE, self._seconds)
-        except BaseException as error:
-            for job in jobs:
-                _fail(job.verdicts, error)
-            if not isinstance(error, FedwardError):
-                raise
-            return
-        for job in jobs:
-            if not job.verdicts.done():
-                job.verdicts.set_result(verdicts[: len(job.items)])
-            verdicts = verdicts[len(job.items) :]
-
 
 def _characters(item: ClassifyItem) -> int:
     return len(item.prompt or "" if item.response is None else item.response)
-
-
-def _fail(verdicts: asyncio.Future[list[Verdict]], error: BaseException) -> None:
-    """Pass an error on. A cancellation stays one; an error that nobody asks for is no complaint."""
-    if isinstance(error, asyncio.CancelledError):
-        verdicts.cancel()
-    elif not verdicts.done():
-        verdicts.set_exception(error)
-        verdicts.exception()

@@ -15,7 +15,7 @@ from services.contracts.chat import Json
 
 LOOK_SECONDS = 0.1
 LOOKS_WITHOUT_VISIT = 100
-MOST_WATCHED = 100
+MOST_WATCHED = 100  # of each tenant
 
 
 @dataclass(eq=False)
@@ -44,10 +44,11 @@ class LiveVisits:
         """What becomes of a request: an event at once, one for every change, and the last when it is over.
 
         Each has ``state`` (``waiting``, ``working``, ``over``), the characters ``held`` and ``released`` so far, and
-        the ``decisions`` since the event before. It is over at once when too many are watched, or this one already is.
+        the ``decisions`` since the event before. It is over at once when too many of the tenant's
+        are watched, or this one already is.
         """
         key = (tenant, request_id)
-        if key in self._watched or len(self._watched) >= MOST_WATCHED:
+        if key in self._watched or sum(of == tenant for of, _ in self._watched) >= MOST_WATCHED:
             yield _event("over")
             return
         watched = self._watched[key] = _Watched()

@@ -16,11 +16,9 @@ revised or refused (``repair.py``). Whatever fails, fails closed: an error ends 
 Every request leaves a record in the audit, however it ends.
 """
 
-import asyncio
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
 
 from gateway.admission import Admission
 from gateway.answers import Head, Sent, whole_units
@@ -28,12 +26,12 @@ from gateway.protocols import Wire
 from gateway.request import Request, instead
 from gateway.settings import GatewaySettings
 from gateway.streaming import CheckedAnswer
+from gateway.tasks import beside, together
 from gateway.upstreams import PassedOn, Upstreams
 from gateway.visits import Visit
 from services.contracts.chat import Json, Usage
 from services.contracts.errors import Overloaded
 
-T = TypeVar("T")
 NO_TOKENS = Usage(prompt_tokens=0, completion_tokens=0, total_tokens=0)
 
 
@@ -50,7 +48,7 @@ class Pipeline:
         """A whole answer, or the refusal in its place; raises a FedwardError when it cannot be made or checked."""
         async with self._at_work(raw, wire, visit) as request:
             asked = request.asked
-            async with _beside(self._upstreams.complete(wire, asked)) as generation:
+            async with beside(self._upstreams.complete(wire, asked)) as generation:
                 decision = await request.decide_prompt()
                 if not decision.allowed:  # leaving cancels the generation
                     refusals = [instead(index, decision) for index in range(asked.choices)]
@@ -58,7 +56,7 @@ class Pipeline:
                 answer = await generation
 
             units = whole_units(answer, asked.choices)
-            checked = await asyncio.gather(*map(request.check, units))
+            checked = await together(map(request.check, units))
             leaving = [request.let_out(unit, decision) for unit, decision in checked]
             head = answer.head or Head.own(wire.ID_PREFIX, asked.model)
             visit.answered(head, answer.usage)
@@ -125,14 +123,3 @@ class Pipeline:
             yield
         finally:
             self._busy -= 1
-
-
-@asynccontextmanager
-async def _beside(work: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio.Task[T]]:
-    """Run ``work`` beside the block; leaving the block cancels it, if it still runs."""
-    task = asyncio.create_task(work)
-    try:
-        yield task
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)

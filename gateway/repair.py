@@ -10,21 +10,22 @@ Whatever was put together here is decided on as it would be read, after what has
 lets it go. Whatever cannot be done is refused.
 """
 
-import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from enum import StrEnum
+from typing import Any
 
 from gateway.answers import CONTENT, REVISED, Finish, Part, Sent, Unit, texts_to_check
 from gateway.asked import has_words
 from gateway.metrics import REPAIRS
 from gateway.policy import REMOVED, Action, Decision, StreamPolicy, milder
 from gateway.segments import pieces_of
+from gateway.tasks import together
 from services.common.logs import get_logger
 from services.contracts.critique import Revision
 from services.contracts.errors import UpstreamUnavailable
 
-Decide = Callable[[int, list[str]], Awaitable[Decision]]
+Decide = Callable[[int, list[str]], Coroutine[Any, Any, Decision]]
 Revise = Callable[[int, str, Decision], Awaitable[Revision]]
 Note = Callable[[int, Action, str], None]
 
@@ -125,7 +126,7 @@ class Repairs:
         """``REMOVED`` in place of every piece that is unsafe by itself; what has no words has no verdict by itself."""
         cut = [list(texts_to_check([part])) if part.call else pieces_of(part.text, self._stream) for part in unit.parts]
         judged = list(dict.fromkeys(piece for pieces in cut for piece in pieces if has_words(piece)))
-        decisions = await asyncio.gather(*(self._decide(unit.index, [piece]) for piece in judged))
+        decisions = await together(self._decide(unit.index, [piece]) for piece in judged)
         if any(milder(Action.REDACT, decision.action) for decision in decisions):
             raise _Impossible(Outcome.WORSE_UNIT)
         unsafe = {piece for piece, decision in zip(judged, decisions, strict=True) if not decision.allowed}

@@ -1,6 +1,7 @@
 """One request at work: the decisions on its prompt and its answer, and what they let out."""
 
 from dataclasses import replace
+from functools import partial
 
 from gateway.answers import BLOCKED, CONTENT, Finish, Part, Sent, Unit, texts_to_check
 from gateway.asked import Asked
@@ -32,7 +33,8 @@ class Request:
         self._upstreams = upstreams
         self._window_characters = settings.window_characters
         self._context_characters = settings.context_characters
-        self._checker = Checker(upstreams.classify, visit.policy, visit.note, settings.checks_in_flight)
+        classify = partial(upstreams.classify, visit.identity.tenant)
+        self._checker = Checker(classify, visit.policy, visit.note)
         self._ledger = Ledger()
 
     async def decide_prompt(self) -> Decision:

@@ -79,9 +79,10 @@ class GatewaySettings(Settings, AuthSettings, LimitsSettings, AuditSettings):
     context_characters: int = Field(
         default=1_000, ge=0, description="stream: how much of the answer before a unit is checked along with it"
     )
-    checks_in_flight: int = Field(default=4, ge=1, description="stream: checks of one answer that may run at once")
     safety_calls_in_flight: int = Field(
-        default=64, ge=1, description="calls of the classifier at once; checks beyond it go together in the next call"
+        default=64,
+        ge=1,
+        description="calls of the classifier at once, for each tenant; checks beyond it go together in the next call",
     )
     held_limit_characters: int = Field(
         default=200_000, ge=1, description="most characters of one answer held back; an answer over it is cut off"

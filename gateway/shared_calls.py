@@ -1,12 +1,13 @@
-"""Checks of many requests in few calls of the classifier, when there are more than it is asked at once."""
+"""The checks of one tenant's requests in few calls of the classifier."""
 
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from contextvars import Context
+from contextvars import Context, copy_context
 from dataclasses import dataclass
+from functools import partial
 
-from services.contracts.errors import FedwardError, UpstreamRejected, UpstreamUnavailable
+from services.contracts.errors import UpstreamRejected, UpstreamUnavailable
 from services.contracts.verdicts import ClassifyItem, Verdict
 
 Call = Callable[[Sequence[ClassifyItem], float], Awaitable[list[Verdict]]]
@@ -18,10 +19,11 @@ class _Job:
     items: Sequence[ClassifyItem]
     until: float  # by the event loop's clock
     verdicts: asyncio.Future[list[Verdict]]
+    context: Context
 
 
 class SharedCalls:
-    """At most so many calls at once; what waits for a place goes along in the next call with all that wait.
+    """What is asked in the same moment, or waits for a place, goes together in the next call.
 
     A call costs the gateway as much as the verdicts on a dozen texts. Without this a thousand checks of one moment, as
     after a short outage, would be a thousand calls, miss their deadlines, and come again with the next attempt.
@@ -44,33 +46,31 @@ class SharedCalls:
             UpstreamUnavailable: none in time, or as ``call`` raises it.
             UpstreamRejected: as ``call`` raises it; only for the items that are the reason.
         """
-        if not self._free:
-            return await self._along(items, seconds)
-        self._free -= 1
-        try:
-            return await self._call(items, seconds)
-        finally:
-            self._place_is_free()
-
-    async def _along(self, items: Sequence[ClassifyItem], seconds: float) -> list[Verdict]:
         loop = asyncio.get_running_loop()
-        job = _Job(items, loop.time() + seconds, loop.create_future())
+        job = _Job(items, loop.time() + seconds, loop.create_future(), copy_context())
         self._waiting.append(job)
+        loop.call_soon(self._start_calls)
         try:
             async with asyncio.timeout_at(job.until):
                 return await job.verdicts
         except TimeoutError as error:
             raise UpstreamUnavailable("safety", "no answer within the deadline") from error
 
-    def _place_is_free(self) -> None:
-        self._free += 1
-        jobs = self._take()
-        if jobs:
+    def _start_calls(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._free and (jobs := self._take()):
             self._free -= 1
-            # In a context of its own: it belongs to several requests, so it carries the id of none.
-            task = asyncio.get_running_loop().create_task(self._run(jobs), context=Context())
-            self._calls.add(task)
-            task.add_done_callback(self._calls.discard)
+            # By its own task, for it must not end with the first of its requests, whose id it bears.
+            call = loop.create_task(self._settle(jobs), context=jobs[0].context)
+            self._calls.add(call)
+            call.add_done_callback(self._ended)
+            everybody = asyncio.gather(*(job.verdicts for job in jobs), return_exceptions=True)
+            everybody.add_done_callback(partial(_end_early, call, max(job.until for job in jobs)))
+
+    def _ended(self, call: asyncio.Task[None]) -> None:
+        self._calls.discard(call)
+        self._free += 1
+        self._start_calls()
 
     def _take(self) -> list[_Job]:
         """The first jobs in line that somebody still waits for, as many as fit into one call."""
@@ -83,12 +83,6 @@ class SharedCalls:
                 size += len(job.items)
         return jobs
 
-    async def _run(self, jobs: Sequence[_Job]) -> None:
-        try:
-            await self._settle(jobs)
-        finally:
-            self._place_is_free()
-
     async def _settle(self, jobs: Sequence[_Job]) -> None:
         seconds = max(job.until for job in jobs) - asyncio.get_running_loop().time()
         try:
@@ -100,7 +94,7 @@ class SharedCalls:
             for job in jobs:  # one text that the classifier refuses must not fail the others
                 if not job.verdicts.done():
                     await self._settle([job])
-        except FedwardError as error:
+        except Exception as error:  # whatever it is, those who wait have to learn of it
             _fail(jobs, error)
         else:
             for job in jobs:
@@ -109,7 +103,13 @@ class SharedCalls:
                 verdicts = verdicts[len(job.items) :]
 
 
-def _fail(jobs: Sequence[_Job], error: FedwardError) -> None:
+def _end_early(call: asyncio.Task[None], until: float, everybody: asyncio.Future[list[object]]) -> None:
+    """End a call for which nobody waits any more; but one that is late has to be seen to fail (``breaker.py``)."""
+    if asyncio.get_running_loop().time() < until:
+        call.cancel()
+
+
+def _fail(jobs: Sequence[_Job], error: Exception) -> None:
     for job in jobs:
         if not job.verdicts.done():
             job.verdicts.set_exception(error)

@@ -178,7 +178,7 @@ class CheckedAnswer:
         self._stop_reading()
 
     def _stop_reading(self) -> None:
-        """Cancel the reader, but only once: httpx cancelled again while it closes a connection leaves it open."""
+        """Cancel the reader, but only once: a second time would end the closing of its connection."""
         if not self._stopped:
             self._stopped = True
             self._reader.cancel()

@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
+from weakref import WeakValueDictionary
 
 import httpx
 from pydantic import ValidationError
@@ -71,7 +72,8 @@ class Upstreams:
         self._revise_seconds = settings.revise_seconds
         urls = {INFERENCE: settings.inference_url, SAFETY: settings.safety_url, CRITIQUE: settings.critique_url}
         self._services = {name: Service(name, url, settings) for name, url in urls.items() if url}
-        self._checks = SharedCalls(self._call_classifier, settings.safety_calls_in_flight)
+        self._calls_at_once = settings.safety_calls_in_flight
+        self._checks: WeakValueDictionary[str, SharedCalls] = WeakValueDictionary()  # by tenant
 
     async def close(self) -> None:
         """Close all kept connections."""
@@ -89,12 +91,18 @@ class Upstreams:
         return f"{name}: {service.breaker.problem}" if service.breaker.problem else None
 
     async def classify(
-        self, items: Sequence[ClassifyItem], direction: Direction, deadline_seconds: float
+        self, tenant: str, items: Sequence[ClassifyItem], direction: Direction, deadline_seconds: float
     ) -> list[Verdict]:
-        """One verdict per item, within the deadline; raises UpstreamUnavailable for anything else."""
+        """One verdict per item, within the deadline; raises UpstreamUnavailable for anything else.
+
+        Tenants share no calls: one's slow texts, or texts that the classifier fails on, are not the others' trouble.
+        """
         started = time.perf_counter()
+        checks = self._checks.get(tenant)
+        if checks is None:
+            checks = self._checks[tenant] = SharedCalls(self._call_classifier, self._calls_at_once)
         try:
-            return await self._checks.classify(items, deadline_seconds)
+            return await checks.classify(items, deadline_seconds)
         except PassedOn as error:
             raise UpstreamUnavailable(SAFETY, f"answered HTTP {error.status} to a check") from error
         finally:

@@ -94,6 +94,9 @@ def test_watchers_are_bounded_and_one_request_has_one(monkeypatch: pytest.Monkey
         second = visits.watch("a", "2")
         await anext(second)
         assert [event["state"] for event in await drain(visits.watch("a", "3"))] == ["over"]
+        others = visits.watch("b", "3")
+        assert (await anext(others))["state"] == "waiting"
+        await others.aclose()
         await second.aclose()
         third = visits.watch("a", "3")
         assert (await anext(third))["state"] == "waiting"

@@ -51,7 +51,6 @@ def test_no_setting_is_added_without_this_test_being_told() -> None:
         "breaker_failures",
         "breaker_seconds",
         "check_deadline_ms",
-        "checks_in_flight",
         "connect_seconds",
         "console",
         "context_characters",

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.shared_calls import MAX_ITEMS, SharedCalls
+from services.common.middleware import REQUEST_ID
 from services.contracts.errors import FedwardError, UpstreamRejected, UpstreamUnavailable
 from services.contracts.verdicts import ClassifyItem, Outcome, Verdict
 
@@ -17,20 +18,27 @@ class Classifier:
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.calls: list[list[str]] = []
-        self.running = self.most = 0
-        self._seconds = seconds
+        self.running = self.most = self.cancelled = 0
+        self.seconds = seconds
 
     async def __call__(self, items: Sequence[ClassifyItem], seconds: float) -> list[Verdict]:
         texts = [item.prompt or "" for item in items]
         self.calls.append(texts)
         self.running += 1
         self.most = max(self.most, self.running)
-        await asyncio.sleep(self._seconds)
-        self.running -= 1
+        try:
+            await asyncio.sleep(self.seconds)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
         if "too long" in texts:
             raise UpstreamRejected("safety", "answered HTTP 422")
         if "broken" in texts:
             raise UpstreamUnavailable("safety", "gone")
+        if "bug" in texts:
+            raise KeyError("bug")
         return [Verdict(outcome=Outcome.SAFE, model_id=text) for text in texts]
 
 
@@ -42,10 +50,10 @@ def ask(
     async def run() -> list[object]:
         calls = SharedCalls(classifier, at_once)
 
-        async def one(texts: Sequence[str]) -> list[str] | FedwardError:
+        async def one(texts: Sequence[str]) -> list[str] | Exception:
             try:
                 verdicts = await calls.classify([ClassifyItem(prompt=text) for text in texts], seconds)
-            except FedwardError as error:
+            except (FedwardError, KeyError) as error:
                 return error
             return [verdict.model_id for verdict in verdicts]
 
@@ -78,19 +86,42 @@ def test_text_that_is_refused_fails_its_own_request_only() -> None:
     assert found == [["first"], ["fine"], ["good"]]
 
 
-def test_failure_is_everybodys_who_went_along_and_nobodys_after() -> None:
-    found = ask(Classifier(), [["first"], ["fine"], ["broken"], *([["x"] * MAX_ITEMS])], at_once=1)
-    assert found[0] == ["first"]
-    assert all(isinstance(error, UpstreamUnavailable) for error in found[1:3])
-    assert found[3] == ["x"] * MAX_ITEMS
+def test_checks_of_the_same_moment_go_in_one_call() -> None:
+    classifier = Classifier()
+    assert ask(classifier, [["one"], ["two", "three"], ["four"]]) == [["one"], ["two", "three"], ["four"]]
+    assert classifier.calls == [["one", "two", "three", "four"]]
+
+
+def test_what_comes_while_all_places_are_taken_goes_together_afterwards() -> None:
+    classifier = Classifier(0.01)
+
+    async def run() -> None:
+        calls = SharedCalls(classifier, 2)
+
+        async def after(ticks: int) -> list[Verdict]:
+            for _ in range(5 * ticks):
+                await asyncio.sleep(0)
+            return await calls.classify([ClassifyItem(prompt=f"text {ticks}")], 5.0)
+
+        await asyncio.gather(*map(after, range(6)))
+
+    asyncio.run(run())
+    assert classifier.calls == [["text 0"], ["text 1"], ["text 2", "text 3", "text 4", "text 5"]]
+    assert classifier.most == 2
+
+
+@pytest.mark.parametrize(("trouble", "error"), [("broken", UpstreamUnavailable), ("bug", KeyError)])
+def test_failure_is_everybodys_who_went_along_and_nobodys_after(trouble: str, error: type[Exception]) -> None:
+    found = ask(Classifier(), [["fine"], [trouble], ["x"] * MAX_ITEMS], at_once=1)
+    assert [type(error) for error in found[:2]] == [error, error]
+    assert found[2] == ["x"] * MAX_ITEMS
 
 
 def test_waiting_is_a_part_of_the_deadline() -> None:
     classifier = Classifier(0.3)
-    first, second = ask(classifier, [["first"], ["second"]], at_once=1, seconds=0.05)
-    assert first == ["first"], "the call itself has to keep to its time"
-    assert str(second) == "safety: no answer within the deadline"
-    assert classifier.calls == [["first"]]
+    first, second = ask(classifier, [["x"] * MAX_ITEMS, ["second"]], at_once=1, seconds=0.05)
+    assert str(first) == str(second) == "safety: no answer within the deadline"
+    assert classifier.calls == [["x"] * MAX_ITEMS]
 
 
 @pytest.mark.parametrize("cancelled", [0, 1])
@@ -106,3 +137,65 @@ def test_who_leaves_keeps_no_place(cancelled: int) -> None:
         return await calls.classify([ClassifyItem(prompt="after")], 5.0) + await tasks[1 - cancelled]
 
     assert [verdict.model_id for verdict in asyncio.run(run())] == ["after", str(1 - cancelled)]
+
+
+def test_call_ends_when_all_its_requests_have_left() -> None:
+    classifier = Classifier(60)
+
+    async def run() -> list[Verdict]:
+        calls = SharedCalls(classifier, 1)
+        tasks = [asyncio.create_task(calls.classify([ClassifyItem(prompt=str(n))], 5.0)) for n in range(2)]
+        await asyncio.sleep(0.01)
+        tasks[0].cancel()
+        await asyncio.sleep(0.01)
+        assert classifier.cancelled == 0
+        tasks[1].cancel()
+        await asyncio.wait(tasks)
+        classifier.seconds = 0.0
+        return await calls.classify([ClassifyItem(prompt="after")], 5.0)
+
+    assert [verdict.model_id for verdict in asyncio.run(run())] == ["after"]
+    assert classifier.cancelled == 1
+
+
+def test_late_call_is_left_to_fail_by_itself() -> None:
+    ended = []
+
+    async def late(items: Sequence[ClassifyItem], seconds: float) -> list[Verdict]:
+        try:
+            await asyncio.sleep(seconds + 0.01)
+            ended.append("late")
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+        raise UpstreamUnavailable("safety", "too late")
+
+    async def run() -> None:
+        calls = SharedCalls(late, 1)
+        with pytest.raises(UpstreamUnavailable, match="no answer within the deadline"):
+            await calls.classify([ClassifyItem(prompt="hi")], 0.02)
+        await asyncio.sleep(0.05)
+
+    asyncio.run(run())
+    assert ended == ["late"]
+
+
+def test_call_bears_the_id_of_its_first_request() -> None:
+    ids = []
+
+    async def classify(items: Sequence[ClassifyItem], seconds: float) -> list[Verdict]:
+        ids.append(REQUEST_ID.get())
+        return [Verdict(outcome=Outcome.SAFE, model_id="test")] * len(items)
+
+    async def run() -> None:
+        calls = SharedCalls(classify, 2)
+
+        async def one(request_id: str) -> None:
+            REQUEST_ID.set(request_id)
+            await calls.classify([ClassifyItem(prompt="hi")], 5.0)
+
+        await asyncio.gather(one("a"), one("b"))
+        await one("c")
+
+    asyncio.run(run())
+    assert ids == ["a", "c"]

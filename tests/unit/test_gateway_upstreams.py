@@ -18,7 +18,7 @@ DEADLINE = 0.4
 
 
 def classify(upstreams: Upstreams) -> Any:
-    return upstreams.classify([ClassifyItem(prompt="hi there")], Direction.PROMPT, DEADLINE)
+    return upstreams.classify("tenant", [ClassifyItem(prompt="hi there")], Direction.PROMPT, DEADLINE)
 
 
 def complete(upstreams: Upstreams) -> Any:
