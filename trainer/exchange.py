@@ -62,8 +62,8 @@ class Fleet:
     def roll_call(self) -> dict[int, int]:
         """Wait for this round's nodes, and ask those not yet known which client they are.
 
-        A client that was there before is waited for as long as a lost node is; in the first round, so is every client
-        up to ``clients-per-round``.
+        A client that was there before is waited for as long as a lost node is; at the start, so are all
+        ``num-clients``: whom a round samples must not depend on who comes back first after a crash.
 
         Returns:
             Client number by node id, of the nodes that are connected now.
@@ -96,7 +96,7 @@ class Fleet:
             else:
                 self.missed.setdefault(client, now)
         patience = self.config.lost_node_seconds
-        first_time = not self.clients and len(nodes) < self.config.clients_per_round and waited < patience
+        first_time = not self.clients and len(nodes) < self.config.num_clients and waited < patience
         waiting = first_time or any(now - since < patience for since in self.missed.values())
         return len(nodes) >= self.config.min_clients and not waiting
 

@@ -29,6 +29,20 @@ def make_dir(path: Path) -> Path:
     return path
 
 
+def remove_partial(folder: Path) -> None:
+    """Remove what a process that was killed had begun to write in a folder; nobody may be writing there now.
+
+    Raises:
+        ConfigError: it cannot be removed.
+    """
+    with writing(folder):
+        for path in folder.glob(".*.part"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file's content in one step that survives a crash, for this user only: it may hold client data.
 

@@ -28,7 +28,7 @@ from services.contracts.adapters import AdapterManifest
 from services.contracts.errors import AdapterError, ConfigError
 from trainer.aggregation import Arrays
 from trainer.config import RunConfig
-from trainer.files import append_line, make_dir, write_atomically, writing
+from trainer.files import append_line, make_dir, remove_partial, write_atomically, writing
 from trainer.records import RoundRecord, RunResult
 from trainer.registry import read_adapter, write_adapter
 
@@ -73,6 +73,8 @@ class RunFolder:
                 while ``resume`` is off.
         """
         self.path = make_dir(config.run_dir)
+        for part in ("", "adapters", "strategy", "cai"):
+            remove_partial(self.path / part)
         self.rounds = self._finished_rounds()
         if self.rounds:
             self._check_same_run(config)

@@ -187,10 +187,12 @@ def test_second_node_of_one_client_is_left_out(config: RunConfig) -> None:
     assert Fleet(grid, config.model_copy(update={"lost_node_seconds": 0.0})).roll_call() == {5: 5, 7: 7}
 
 
-def test_first_roll_call_waits_for_all_of_a_round(config: RunConfig) -> None:
+@pytest.mark.parametrize("sampled", [3, 2])
+def test_first_roll_call_waits_for_all_clients_also_for_a_round_of_fewer(config: RunConfig, sampled: int) -> None:
     grid = ScriptedGrid({0: [], 1: [], 2: []})
     comes_back(grid, 2, at_look=5)
-    assert Fleet(grid, config).roll_call() == {0: 0, 1: 1, 2: 2}
+    fewer = config.model_copy(update={"clients_per_round": sampled})
+    assert Fleet(grid, fewer).roll_call() == {0: 0, 1: 1, 2: 2}
 
 
 def test_client_that_stays_away_is_waited_for_once(config: RunConfig) -> None:
