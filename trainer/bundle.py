@@ -3,6 +3,7 @@
 Weights, data and the other packages come from the package that is installed there.
 """
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -22,6 +23,12 @@ def stage_app(app: Path, target: Path) -> None:
         for module in (app / folder).glob("*.py"):
             shutil.copy(module, package)
     shutil.copy(app / "pyproject.toml", target)
+
+
+def installed_versions() -> str:
+    """What is installed beside the bundle: Fedward, and Flower as far as its own rule of compatibility goes."""
+    major, minor, *_ = importlib.metadata.version("flwr").split(".")
+    return f"fedward {importlib.metadata.version('fedward')}, flwr {major}.{minor}"
 
 
 def build_bundle(app: Path, out: Path) -> None:

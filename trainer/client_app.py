@@ -29,6 +29,7 @@ from flwr.common.constant import ErrorCode
 from services.common.http import ServiceClient
 from services.contracts.errors import ConfigError, DataError, FedwardError
 from trainer.batching import encode_pairs
+from trainer.bundle import installed_versions
 from trainer.config import RunConfig, parse_run_config
 from trainer.curation import CuratedShard, curate_once
 from trainer.local_training import Order, train_locally
@@ -72,9 +73,11 @@ def train_round(content: RecordDict, config: RunConfig, client_id: int) -> Recor
     Raises:
         UpstreamError: the shard could not be curated, so nothing was trained.
         DataError: the shard is missing, malformed, or empty after curation.
-        ConfigError: this client's base model is not the coordinator's.
+        ConfigError: this client's base model, or what is installed here, is not the coordinator's.
     """
     order = content.config_records["config"]
+    if order["versions"] != (versions := installed_versions()):
+        raise ConfigError(f"{versions} is installed here, {order['versions']!s} at the coordinator; install that")
     started = time.perf_counter()
     pairs = tuple(client_shard(config, client_id))
     curated = curate_shard(pairs, config, client_id) if config.arm.filters else None

@@ -124,8 +124,9 @@ class Fleet:
         A node that is lost is asked again when it is back. Replies are told apart by the message that they reply to:
         an error reply that the SuperLink makes for a node that is gone has no node of its own.
         """
-        lost: dict[int, Lost] = {}
         pending = self._push(contents, message_type)
+        unknown = contents.keys() - {asked.node for asked in pending.values()}
+        lost = {node: Lost(time.monotonic(), None) for node in unknown}
         deadline = time.monotonic() + self.config.round_timeout_seconds
         while pending or lost:
             there = connected(self.grid)
@@ -167,6 +168,7 @@ class Fleet:
         return {
             message_id: Asked(node, there[node].last_activated_at if node in there else "")
             for message_id, node in zip(ids, contents, strict=True)
+            if message_id  # the SuperLink gives none for a node that it no longer knows
         }
 
     def _pull(self, message_ids: Sequence[str]) -> Iterator[Message]:

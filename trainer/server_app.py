@@ -9,6 +9,7 @@ import random
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import httpx
 import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
@@ -23,6 +24,7 @@ from trainer.aggregation import (
     count_bytes,
     require_enough,
 )
+from trainer.bundle import installed_versions
 from trainer.config import RunConfig, parse_run_config
 from trainer.exchange import Fleet, content_of
 from trainer.model import Trainee, adapter_config_json, load_trainee
@@ -48,7 +50,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the federation and leave ``result.json`` in the run folder, whatever happens."""
+    """Run the federation and leave ``result.json`` in the run folder, unless the SuperLink itself failed."""
     config = parse_run_config(context.run_config)
     with contextlib.ExitStack() as held:
         try:
@@ -56,6 +58,8 @@ def main(grid: Grid, context: Context) -> None:
             train_federation(grid, config)
         except RunFolderInUse:
             raise  # its result is another process's to write
+        except httpx.HTTPStatusError:
+            raise  # the SuperLink failed, not the run: without a result it is submitted again, and goes on
         except Exception as error:
             result = failure(error)
             log.error("run failed: %s", result.error)
@@ -180,6 +184,7 @@ def write_orders(
         node: ConfigRecord({
             "round": round_number,
             "base-model-sha256": base_model_sha256,
+            "versions": installed_versions(),
             "last-counted": folder.last_counted(client),
         })
         for node, client in sampled.items()

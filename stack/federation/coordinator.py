@@ -20,6 +20,16 @@ from stack.processes import Processes, ProcessFailed
 
 PROXY_CONFIG = Path(__file__).parents[2] / "deploy" / "fleet-proxy.cfg"
 READY_SECONDS = 120.0
+DAMAGED = (
+    "superlink.db is damaged: put a copy in its place, or move it away and `register` the silos' keys again; the "
+    "rounds that are finished lie in the run folder, so nothing of them is lost"
+)
+REASONS = (
+    ("file is not a database", DAMAGED),
+    ("database disk image is malformed", DAMAGED),
+    ("database is locked", "superlink.db is locked for more than 5 s by another process, perhaps a backup; end that"),
+    ("address already in use", "its port is taken, perhaps by a SuperLink that an earlier command left; end that"),
+)
 
 
 def start_coordinator(config: CoordinatorConfig, processes: Processes, hub_url: str) -> Keeper:
@@ -37,7 +47,7 @@ def start_coordinator(config: CoordinatorConfig, processes: Processes, hub_url: 
     if shutil.which("haproxy") is None:
         raise ConfigError("the command `haproxy` is missing; install it (Debian: apt-get install haproxy)")
     keeper = Keeper(processes)
-    keeper.keep("superlink", superlink(config, hub_url))
+    keeper.keep("superlink", superlink(config, hub_url), explain=explain)
     keeper.keep("proxy", proxy(config))
     wait_for_superlink(config, keeper.look)
     keeper.keep("superexec", superexec(config))
@@ -54,6 +64,11 @@ def superlink(config: CoordinatorConfig, hub_url: str) -> list[str]:
         "--database", config.state_dir.resolve() / "superlink.db", "--disable-runtime-dependency-installation",
         FLWR_SUPERGRID_API_URL=hub_url,
     )  # fmt: skip
+
+
+def explain(output: str) -> str:
+    """What is wrong with a SuperLink, from what it wrote."""
+    return next((reason for sign, reason in REASONS if sign in output), "")
 
 
 def proxy(config: CoordinatorConfig) -> list[str]:

@@ -16,7 +16,10 @@ CHECK_SECONDS = 5.0  # between looks at what a process wrote
 
 @dataclass
 class Kept:
-    """One command that is kept running. ``ended`` is when it ended last, ``failing`` since when it does not start."""
+    """One command that is kept running.
+
+    ``ended`` is when it ended last, ``failing`` since when it does not start, ``told`` what is known to be wrong with it.
+    """
 
     argv: Sequence[str]
     patience_seconds: float
@@ -27,6 +30,7 @@ class Kept:
     ended: float | None = None
     failing: float | None = None
     checked: float = 0.0
+    told: str = ""
 
 
 class Keeper:
@@ -51,7 +55,7 @@ class Keeper:
             name: what it is called in messages and logs.
             argv: the command.
             patience_seconds: for so long it may fail to start before ``look`` gives up.
-            explain: why it ended, in words, from what it wrote; empty when that is not known.
+            explain: what is wrong with it, in words, from what it wrote; empty when that is not known.
             stuck: whether it hangs, by what it wrote; it is then ended, and started again.
         """
         process = self._processes.start(name, argv)
@@ -69,11 +73,15 @@ class Keeper:
             if kept.process.poll() is None:
                 if now - kept.started > STABLE_SECONDS:
                     kept.failing = None
-                if now - kept.checked >= CHECK_SECONDS:
+                if now - max(kept.checked, kept.started) >= CHECK_SECONDS:
                     kept.checked = now
-                    if kept.stuck(self._processes.output(name)):
+                    output = self._processes.output(name)
+                    if kept.stuck(output):
                         events.append(f"{name} hangs; it is ended")
                         _end(kept.process)
+                    elif (why := kept.explain(output)) and why != kept.told:
+                        kept.told = why
+                        events.append(f"{name}: {why}")
             elif kept.ended is None:
                 kept.ended = now
                 if now - kept.started < STABLE_SECONDS:
@@ -87,6 +95,7 @@ class Keeper:
                 events.append(f"{event}; it is started again")
             elif now - kept.ended > PAUSE_SECONDS:
                 kept.process, kept.started, kept.ended = self._processes.start(name, kept.argv), now, None
+                kept.told = ""
         return events
 
 

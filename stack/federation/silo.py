@@ -13,6 +13,33 @@ from stack.processes import Processes, Service
 from stack.toml import Value, write_toml
 
 GIVEN_UP = re.compile(r"SSL/TLS handshake error detected|(?:Client|Server) error '\d{3}")
+# Flower ends with code 0 and without a word when the coordinator refuses a signature; when it has written its number
+# before that, it was accepted at first.
+REASONS = (
+    ("certificate has expired", "the coordinator's certificate has expired; it needs a new one, or a clock is wrong"),
+    ("certificate is not yet valid", "the coordinator's certificate is not valid yet: a clock is wrong, here or there"),
+    (
+        "CERTIFICATE_VERIFY_FAILED|certificate verify failed",
+        "the coordinator's certificate is not signed by this silo's authority, or is for another host",
+    ),
+    (
+        "Failed to activate SuperNode",
+        "the coordinator refuses this silo's key: it is not registered, or another node uses it (a node that was "
+        "killed counts as connected for up to 60 s)",
+    ),
+    ("Client error '413", "a message is larger than the coordinator's proxy lets through (deploy/fleet-proxy.cfg)"),
+    ("Server error '5", "the coordinator failed at a call; what at, is in its superlink.log"),
+    (
+        "SuperNode ID.*terminated gracefully",
+        "the coordinator no longer accepts this silo's signature: a clock was set, or the coordinator has lost its "
+        "database and has to register the keys again",
+    ),
+    (
+        "terminated gracefully",
+        "the coordinator does not accept this silo's signature: set the clocks, for this one may be at most 5 s ahead "
+        "of the coordinator's, or 305 s behind",
+    ),
+)
 # A killed node's key is refused for up to 60 s, so giving up earlier would turn a crash into an outage.
 PATIENCE_SECONDS = 180.0
 
@@ -61,17 +88,8 @@ def superexec(config: SiloConfig) -> list[str]:
 
 
 def explain(output: str) -> str:
-    """Why a SuperNode ended, from what it wrote."""
-    if "certificate has expired" in output:
-        return "the coordinator's certificate has expired"
-    if "CERTIFICATE_VERIFY_FAILED" in output or "certificate verify failed" in output:
-        return "the coordinator's certificate is not signed by this silo's authority, or is for another host"
-    if "Failed to activate SuperNode" in output:
-        return (
-            "the coordinator refuses this silo's key: it is not registered, or another node uses it (a node that was "
-            "killed counts as connected for up to 60 s)"
-        )
-    return ""
+    """What is wrong with a SuperNode, from what it wrote; of several reasons the first is the closest."""
+    return next((reason for sign, reason in REASONS if re.search(sign, output, re.DOTALL)), "")
 
 
 def has_lost_its_connection(output: str) -> bool:

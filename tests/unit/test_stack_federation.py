@@ -17,7 +17,7 @@ from flwr.supercore.fab import Fab
 from flwr.supernode.start_client_internal import _verify_fab
 
 from services.contracts.errors import ConfigError
-from stack.federation import keeper, train
+from stack.federation import coordinator, keeper, train
 from stack.federation.bundles import serving_bundle, sign_bundle, signature_of
 from stack.federation.credentials import SIGNER_ID, Credentials, make_certificates, make_credentials
 from stack.federation.keeper import Keeper
@@ -149,6 +149,44 @@ def test_what_a_node_cannot_recover_from_by_itself_is_told_from_what_it_can(line
     assert has_lost_its_connection(f"INFO: SuperNode ID: 1\n{line}\n") == lost
 
 
+def test_trouble_of_a_process_that_goes_on_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper, "CHECK_SECONDS", 0.0)
+    with Processes(tmp_path / "logs") as processes:
+        kept = Keeper(processes)
+        code = "import time; print('(sqlite3.OperationalError) database is locked', flush=True); time.sleep(60)"
+        kept.keep("superlink", [sys.executable, "-c", code], explain=coordinator.explain)
+        (event,) = wait_for(kept.look, "event", 20)
+        assert event.startswith("superlink: superlink.db is locked for more than 5 s by another process")
+        assert kept.look() == []
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("certificate verify failed: certificate is not yet valid", "is not valid yet: a clock is wrong"),
+        ("INFO: SuperNode terminated gracefully.", "does not accept this silo's signature: set the clocks"),
+        ("INFO: SuperNode ID: 7\nINFO: SuperNode terminated gracefully.", "no longer accepts this silo's signature"),
+        ("ERROR: Client error '413 Request Entity Too Large' for url", "a message is larger than"),
+        ("ERROR: Server error '500 Internal Server Error' for url", "is in its superlink.log"),
+        ("INFO: SuperNode ID: 7", ""),
+    ],
+)
+def test_what_flower_says_of_a_node_is_put_into_words(output: str, reason: str) -> None:
+    assert (reason in explain(output)) if reason else explain(output) == ""
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("sqlite3.DatabaseError) file is not a database", "superlink.db is damaged: put a copy in its place"),
+        ("sqlite3.DatabaseError) database disk image is malformed", "superlink.db is damaged"),
+        ("[Errno 98] error while attempting to bind: address already in use", "its port is taken"),
+    ],
+)
+def test_what_flower_says_of_the_superlink_is_put_into_words(output: str, reason: str) -> None:
+    assert coordinator.explain(output).startswith(reason)
+
+
 def test_run_has_ended_when_its_result_is_there_and_is_lost_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,10 +215,10 @@ def test_run_has_ended_when_its_result_is_there_and_is_lost_without(
 def test_files_of_a_plan_are_read_back_and_name_no_data_to_the_coordinator(tmp_path: Path) -> None:
     plan = FederationPlan(out=tmp_path)
     with network(plan.silos, separated=False) as net:
-        coordinator, silos = write_configs(plan, net)
+        settings, silos = write_configs(plan, net)
     assert not net.separated
-    assert "shard" not in coordinator.read_text() + (tmp_path / "run.toml").read_text()
-    assert read_config(CoordinatorConfig, coordinator).silo_keys[2].name == "silo-2.key.pub"
+    assert "shard" not in settings.read_text() + (tmp_path / "run.toml").read_text()
+    assert read_config(CoordinatorConfig, settings).silo_keys[2].name == "silo-2.key.pub"
     assert [read_config(SiloConfig, file).number for file in silos] == [0, 1, 2]
     parse_run_config(run_values() | plan.run_values())
 

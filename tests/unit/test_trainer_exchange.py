@@ -104,6 +104,23 @@ def test_stragglers_do_not_hold_up_the_replies_of_others(config: RunConfig) -> N
     assert list(ask(grid, hasty)) == list(range(slow, 3 * slow))
 
 
+def test_nodes_that_the_superlink_has_forgotten_are_asked_again(config: RunConfig) -> None:
+    grid = ScriptedGrid({1: [ANSWER], 2: [ANSWER], 3: [ANSWER]})
+    push, forgotten = grid.push_messages, {2, 3}
+
+    def push_to_the_known(messages: Iterable[Message]) -> Iterable[str]:
+        """An empty id for a node that is not known, as Flower's grid has it."""
+        asked = list(messages)
+        sent = iter(push([message for message in asked if message.metadata.dst_node_id not in forgotten]))
+        ids = ["" if message.metadata.dst_node_id in forgotten else next(sent) for message in asked]
+        forgotten.clear()
+        return ids
+
+    grid.push_messages = push_to_the_known  # type: ignore[method-assign]
+    assert not any(reply.has_error() for reply in ask(grid, config).values())
+    assert grid.asked == [1, 2, 3]
+
+
 def test_error_of_the_client_itself_is_its_answer(config: RunConfig) -> None:
     grid = ScriptedGrid({1: [ErrorCode.CLIENT_APP_RAISED_EXCEPTION], 2: [ErrorCode.INVALID_FAB]})
     replies = ask(grid, config)

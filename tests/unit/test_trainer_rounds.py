@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_res_message
 
 from services.contracts.adapters import AdapterManifest, read_manifest
@@ -19,7 +21,7 @@ from tests.fakes.gateway_upstreams import closed_port
 from tests.fakes.tiny_model import build_tiny_model
 from tests.fakes.trainer_runs import QUERY, LocalGrid, Tamper, run_values, small_run, write_jsonl
 from tests.fakes.trainer_services import BAD, FakeServices, trainer_services
-from trainer import client_app, run_folder
+from trainer import client_app, run_folder, server_app
 from trainer.aggregation import TooFewClients
 from trainer.config import RunConfig
 from trainer.model import _load
@@ -318,6 +320,20 @@ def test_client_with_another_base_model_does_not_train(
     assert "client 2: base-model other has sha256" in record.rejected[2]
 
 
+def test_client_with_another_version_installed_does_not_train_and_says_so(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = iter(("fedward 0.1.0, flwr 1.41", "fedward 0.2.0, flwr 1.41", "fedward 0.1.0, flwr 1.41"))
+    monkeypatch.setattr(client_app, "installed_versions", lambda: next(versions))
+    config = small_run(tmp_path, model, rounds=1)
+    monkeypatch.setattr(server_app, "installed_versions", lambda: "fedward 0.1.0, flwr 1.41")
+    train(config)
+    (record,) = rounds_of(config)
+    assert record.accepted == [0, 2]
+    told = "fedward 0.2.0, flwr 1.41 is installed here, fedward 0.1.0, flwr 1.41 at the coordinator; install that"
+    assert record.rejected == {1: f"client 1: {told}"}
+
+
 def test_finished_run_is_not_trained_again(tmp_path: Path, model: Path) -> None:
     config = small_run(tmp_path, model, rounds=1)
     train(config)
@@ -442,14 +458,32 @@ def test_both_stages_together(tmp_path: Path, model: Path, services: FakeService
     assert manifest.constitution_sha256 == record.cai.constitution_sha256
 
 
+def context_of(config: RunConfig) -> Context:
+    """What Flower gives the ServerApp."""
+    values = {name: "" if value is None else value for name, value in config.model_dump(mode="json").items()}
+    return Context(1, 1, {}, RecordDict(), run_values(**values))
+
+
+def test_error_of_the_superlink_leaves_no_result_so_that_the_run_is_submitted_again(
+    tmp_path: Path, model: Path
+) -> None:
+    config = small_run(tmp_path, model)
+    grid = LocalGrid(config, range(3))
+
+    def locked() -> list[NodeInfo]:
+        request = httpx.Request("POST", "https://localhost/v1/runtime/get-nodes")
+        raise httpx.HTTPStatusError("database is locked", request=request, response=httpx.Response(500))
+
+    grid.get_nodes = locked  # type: ignore[method-assign]
+    with pytest.raises(httpx.HTTPStatusError):
+        main(grid, context_of(config))
+    assert read_result(config.run_dir) is None
+
+
 def test_failed_run_leaves_its_error_and_exit_code(tmp_path: Path, model: Path) -> None:
     config = small_run(tmp_path, model, arm="cai", inference_url=closed_port(), coordinator_critique_url=closed_port())
-    values = run_values(**{
-        name: "" if value is None else value
-        for name, value in config.model_dump(mode="json").items()
-    })  # fmt: skip
     grid = LocalGrid(config, range(3))
-    context = Context(1, 1, {}, RecordDict(), values)
+    context = context_of(config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
         with pytest.raises(UpstreamUnavailable):
