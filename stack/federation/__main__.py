@@ -75,7 +75,7 @@ def _coordinator(arguments: argparse.Namespace) -> None:
     config = read_config(CoordinatorConfig, arguments.config)
     signature_of(config.bundle)  # must be there before anything is started
     with serving_bundle(config.bundle) as hub, Processes(config.state_dir / "logs") as processes:
-        keeper = start_coordinator(config, processes, hub)
+        keeper = start_coordinator(config, processes, hub, _say)
         _say(f"the coordinator is up; silos reach it at {config.fleet_bind}")
         _stay(keeper)
 
@@ -109,8 +109,7 @@ def _sign(arguments: argparse.Namespace) -> None:
 def _stay(keeper: Keeper) -> None:
     """Keep the processes running until a signal comes."""
     while True:
-        for event in keeper.look():
-            _say(event)
+        keeper.tell(_say)
         time.sleep(POLL_SECONDS)
 
 

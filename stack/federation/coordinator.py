@@ -32,13 +32,16 @@ REASONS = (
 )
 
 
-def start_coordinator(config: CoordinatorConfig, processes: Processes, hub_url: str) -> Keeper:
+def start_coordinator(
+    config: CoordinatorConfig, processes: Processes, hub_url: str, say: Callable[[str], None]
+) -> Keeper:
     """Start the coordinator's processes and wait until the SuperLink answers; ``Keeper.look`` keeps them running.
 
     Args:
         config: the coordinator's settings.
         processes: starts them, and stops them in the end.
         hub_url: where the SuperLink gets the signed bundle.
+        say: told what happens meanwhile, a line at a time.
 
     Raises:
         ConfigError: HAProxy is not installed.
@@ -49,7 +52,7 @@ def start_coordinator(config: CoordinatorConfig, processes: Processes, hub_url: 
     keeper = Keeper(processes)
     keeper.keep("superlink", superlink(config, hub_url), explain=explain)
     keeper.keep("proxy", proxy(config))
-    wait_for_superlink(config, keeper.look)
+    wait_for_superlink(config, lambda: keeper.tell(say))
     keeper.keep("superexec", superexec(config))
     return keeper
 

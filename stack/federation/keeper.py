@@ -61,6 +61,11 @@ class Keeper:
         process = self._processes.start(name, argv)
         self._kept[name] = Kept(argv, patience_seconds, explain, stuck, process, time.monotonic())
 
+    def tell(self, say: Callable[[str], None]) -> None:
+        """``look``, and say what it found."""
+        for event in self.look():
+            say(event)
+
     def look(self) -> list[str]:
         """Start what has ended again; returns a line for each event.
 

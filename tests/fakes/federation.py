@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,27 @@ class Federation:
         self.processes = processes
         self.coordinator_file, self.silo_files = write_configs(plan, Network(addresses=("127.0.0.1",) * plan.silos))
         self.coordinator = read_config(CoordinatorConfig, self.coordinator_file)
+        self._parties: dict[str, subprocess.Popen[bytes]] = {}
 
     def silo(self, number: int) -> SiloConfig:
         return read_config(SiloConfig, self.silo_files[number])
 
     def party(self, kind: str, config: Path) -> list[str]:
         return [sys.executable, "-m", "stack.federation", kind, str(config), "--with-parent"]
+
+    def start_coordinator(self) -> None:
+        """Start it, as its machine would do at boot."""
+        command = self.party("coordinator", self.coordinator_file)
+        self._parties["coordinator"] = self.processes.start("coordinator", command, serves=True)
+
+    def start_silo(self, number: int) -> None:
+        """Start a silo, as its machine would do at boot."""
+        name = self.plan.silo(number)
+        self._parties[name] = self.processes.start(name, self.party("silo", self.silo_files[number]))
+
+    def register(self) -> None:
+        """Have the coordinator register the silos' keys."""
+        self.processes.run("register", self.party("register", self.coordinator_file))
 
     def pairs(self) -> list[dict[str, str]]:
         return [pair for number in range(self.plan.silos) for pair in silo_pairs(number)]
@@ -99,6 +114,15 @@ class Federation:
         victims = wait_for(lambda: self.find(*words), f"process {words}")
         for process in victims:
             process.send_signal(signal.SIGKILL)
+        psutil.wait_procs(victims, timeout=10)
+
+    def kill_machine(self, name: str) -> None:
+        """Kill -9 everything that a party has started, and the party itself."""
+        party = psutil.Process(self._parties[name].pid)
+        victims = [party, *party.children(recursive=True)]
+        for process in victims:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         psutil.wait_procs(victims, timeout=10)
 
     def leak(self) -> None:
@@ -149,6 +173,16 @@ def make_parties(folder: Path, processes: Processes, silos: int = 2) -> Federati
 
 
 @contextmanager
+def running_coordinator(folder: Path) -> Iterator[Federation]:
+    """A coordinator that is up and knows the key of silo-0, which is not there."""
+    with Processes(folder / "logs") as processes:
+        federation = make_parties(folder, processes, silos=1)
+        federation.start_coordinator()
+        federation.register()
+        yield federation
+
+
+@contextmanager
 def running_federation(folder: Path, silos: int = 2) -> Iterator[tuple[Federation, Recorder]]:
     """A coordinator and silos that are up; silos reach the coordinator through the recorder."""
     with Processes(folder / "logs") as processes:
@@ -156,10 +190,10 @@ def running_federation(folder: Path, silos: int = 2) -> Iterator[tuple[Federatio
         files = federation.plan.credentials
         proxy_port = int(federation.coordinator.fleet_bind.rpartition(":")[2])
         with recording(proxy_port, str(files.server_bundle), str(files.authority)) as recorder:
-            processes.start("coordinator", federation.party("coordinator", federation.coordinator_file), serves=True)
-            processes.run("register", federation.party("register", federation.coordinator_file))
+            federation.start_coordinator()
+            federation.register()
             for number, file in enumerate(federation.silo_files):
                 values = federation.silo(number).model_dump(mode="json", exclude_none=True)
                 write_toml(file, values | {"superlink": f"127.0.0.1:{recorder.port}"})
-                processes.start(f"silo-{number}", federation.party("silo", file))
+                federation.start_silo(number)
             yield federation, recorder

@@ -1,7 +1,8 @@
-"""What several test files share: the running gateways, and clients of the service at a file's own fixture ``url``."""
+"""What several test files share: gateways and a coordinator that run, and clients of a file's own fixture ``url``."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import httpx
 import openai
@@ -18,6 +19,18 @@ from tests.fakes.gateway_stack import (
     wait_for,
 )
 from tests.fakes.gateway_upstreams import FakeInference, FakeSafety, serving
+
+if TYPE_CHECKING:
+    from tests.fakes.federation import Federation
+
+
+@pytest.fixture(scope="session")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Federation"]:
+    """A federation's coordinator without silos: what reaches it, and what it refuses."""
+    from tests.fakes.federation import running_coordinator
+
+    with running_coordinator(tmp_path_factory.mktemp("coordinator")) as running:
+        yield running
 
 
 @pytest.fixture

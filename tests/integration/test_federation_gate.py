@@ -4,7 +4,6 @@ import http.client
 import shutil
 import ssl
 import subprocess
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
@@ -22,9 +21,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from stack.federation.coordinator import cli_home, superlink_address
 from stack.federation.flower import CONNECTION, flower, write_connection
-from stack.federation.train import connect
-from stack.processes import Processes
-from tests.fakes.federation import Federation, make_parties
+from tests.fakes.federation import Federation
 
 pytestmark = [
     pytest.mark.timeout(300),
@@ -32,17 +29,6 @@ pytestmark = [
 ]
 FORBIDDEN = 403
 Client = TypeVar("Client", bound=ProtobufClient)
-
-
-@pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    """A coordinator that is up, without silos."""
-    folder = tmp_path_factory.mktemp("gate")
-    with Processes(folder / "logs") as processes:
-        federation = make_parties(folder, processes, silos=1)
-        processes.start("coordinator", federation.party("coordinator", federation.coordinator_file), serves=True)
-        connect(federation.coordinator)
-        yield federation
 
 
 @pytest.fixture

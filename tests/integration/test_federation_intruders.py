@@ -17,7 +17,7 @@ from stack.federation.plan import FederationPlan, write_configs
 from stack.federation.settings import SiloConfig
 from stack.federation.silo import explain, supernode
 from stack.processes import Processes
-from tests.fakes.federation import Federation, make_parties, wait_for
+from tests.fakes.federation import Federation, wait_for
 from tests.fakes.recorder import recording
 
 pytestmark = [
@@ -37,17 +37,6 @@ print(json.dumps({
     "elsewhere": [other for other in hosts if reaches(other, 9092) or reaches(other, 443)],
 }))
 """
-
-
-@pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    """A coordinator that is up and knows the key of silo-0."""
-    folder = tmp_path_factory.mktemp("intruders")
-    with Processes(folder / "logs") as processes:
-        federation = make_parties(folder, processes, silos=1)
-        processes.start("coordinator", federation.party("coordinator", federation.coordinator_file), serves=True)
-        processes.run("register", federation.party("register", federation.coordinator_file))
-        yield federation
 
 
 def start_node(processes: Processes, config: SiloConfig, name: str) -> "subprocess.Popen[bytes]":
