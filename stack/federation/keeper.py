@@ -18,7 +18,8 @@ CHECK_SECONDS = 5.0  # between looks at what a process wrote
 class Kept:
     """One command that is kept running.
 
-    ``ended`` is when it ended last, ``failing`` since when it does not start, ``told`` what is known to be wrong with it.
+    ``ended`` is when it ended last, ``failing`` since when it does not start, ``told`` what was last said to be wrong
+    with it.
     """
 
     argv: Sequence[str]

@@ -1,4 +1,4 @@
-"""Coordinators that are killed at a chosen point of a round, as by the machine's end: ``SIGKILL``, nothing cleaned up."""
+"""Coordinators that are killed (``SIGKILL``) at a chosen point of a round, as with their machine."""
 
 import multiprocessing
 import os
@@ -53,6 +53,6 @@ def _set_mine(point: Point, config: RunConfig) -> None:
             return original(*arguments, **named)
         if point.after:
             original(*arguments, **named)
-        os.kill(os.getpid(), signal.SIGKILL)
+        return os.kill(os.getpid(), signal.SIGKILL)
 
     setattr(owner, name, mine)

@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,90 @@ def test_run_survives_a_kill_in_the_middle_of_a_round(
     assert records[:1] == first  # finished rounds are not done again
     assert [record.rejected for record in records] == [{}, {}]
     assert hashes(records) == hashes(undisturbed)
+
+
+def start_and_wait_for_the_second_round(federation: Federation, name: str) -> tuple["subprocess.Popen[bytes]", Path]:
+    """A run that has one round on disk and clients at work in the next."""
+    process, run_dir = federation.start_training(name, **WORK)
+    wait_for(lambda: len(rounds_of(run_dir)) == 1, "first round")
+    wait_for(lambda: federation.find("flwr-clientapp"), "client at work in the second round")
+    return process, run_dir
+
+
+def check_end(
+    process: "subprocess.Popen[bytes]", federation: Federation, run_dir: Path, undisturbed: list[RoundRecord]
+) -> None:
+    assert process.wait(900) == 0, federation.log(f"train-{run_dir.parent.name}")
+    records = rounds_of(run_dir)
+    assert [record.rejected for record in records] == [{}, {}]
+    assert hashes(records) == hashes(undisturbed)
+
+
+def test_run_survives_the_end_of_a_silos_machine(
+    parties: tuple[Federation, Recorder], undisturbed: list[RoundRecord]
+) -> None:
+    federation, _ = parties
+    process, run_dir = start_and_wait_for_the_second_round(federation, "machine-silo")
+    federation.kill_machine("silo-1")
+    federation.start_silo(1)
+    check_end(process, federation, run_dir, undisturbed)
+
+
+@pytest.mark.parametrize("database", ["kept", "damaged"])
+def test_run_survives_the_end_of_the_coordinators_machine(
+    parties: tuple[Federation, Recorder], undisturbed: list[RoundRecord], database: str
+) -> None:
+    federation, _ = parties
+    name = f"machine-{database}"
+    process, run_dir = start_and_wait_for_the_second_round(federation, name)
+    first = rounds_of(run_dir)
+    process.kill()
+    federation.kill_machine("coordinator")
+    if database == "damaged":
+        damage_and_replace_the_database(federation)
+    federation.start_coordinator()
+    if database == "damaged":
+        federation.register()
+    process, run_dir = federation.start_training(name, **WORK)
+    check_end(process, federation, run_dir, undisturbed)
+    assert rounds_of(run_dir)[:1] == first
+
+
+def damage_and_replace_the_database(federation: Federation) -> None:
+    """What happens to a SuperLink's database, and what its keeper does about it when he has read why it fails."""
+    state = federation.coordinator.state_dir
+    for file in state.glob("superlink.db*"):
+        file.unlink()
+    (state / "superlink.db").write_bytes(b"no database" * 1000)
+    federation.start_coordinator()
+    wait_for(lambda: "superlink.db is damaged" in federation.log("coordinator"), "word of the damage", 120)
+    federation.kill_machine("coordinator")
+    (state / "superlink.db").rename(state / "damaged.db")
+
+
+def test_command_that_is_killed_and_started_again_finds_its_run(
+    parties: tuple[Federation, Recorder], undisturbed: list[RoundRecord]
+) -> None:
+    """Its ServerApp lives on meanwhile, and must neither work beside the next one nor spoil its result."""
+    federation, _ = parties
+    process, run_dir = start_and_wait_for_the_second_round(federation, "command")
+    process.kill()
+    process.wait()
+    process, run_dir = federation.start_training("command", **WORK)
+    check_end(process, federation, run_dir, undisturbed)
+
+
+def test_run_survives_a_database_that_is_locked_for_longer_than_flower_waits(
+    parties: tuple[Federation, Recorder], undisturbed: list[RoundRecord]
+) -> None:
+    federation, _ = parties
+    process, run_dir = start_and_wait_for_the_second_round(federation, "locked")
+    database = sqlite3.connect(federation.coordinator.state_dir / "superlink.db", timeout=30, isolation_level=None)
+    with closing(database):
+        database.execute("BEGIN EXCLUSIVE")
+        wait_for(lambda: "superlink.db is locked" in federation.log("coordinator"), "word of the lock", 120)
+        database.execute("ROLLBACK")
+    check_end(process, federation, run_dir, undisturbed)
 
 
 def test_silo_without_its_data_costs_its_rounds_only(parties: tuple[Federation, Recorder]) -> None:

@@ -5,18 +5,21 @@ import shutil
 import ssl
 import subprocess
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
 import httpx
 import pytest
 from flwr.proto.control_pb2 import ListRunsRequest, StartRunRequest
-from flwr.proto.fleet_pb2 import PullMessagesRequest, RegisterNodeFleetRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, RegisterNodeFleetRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, PushAppMessagesRequest
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 from flwr.supercore.protobuf.client import ProtobufClient
 from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode import node_auth_http_interceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from stack.federation.coordinator import cli_home, superlink_address
@@ -27,7 +30,7 @@ pytestmark = [
     pytest.mark.timeout(300),
     pytest.mark.skipif(shutil.which("haproxy") is None, reason="haproxy is not installed"),
 ]
-FORBIDDEN = 403
+UNAUTHORIZED, FORBIDDEN, UNKNOWN_KEY = 401, 403, 412
 Client = TypeVar("Client", bound=ProtobufClient)
 
 
@@ -54,7 +57,30 @@ def test_fleet_calls_pass_and_need_a_registered_key(federation: Federation, gate
         pytest.raises(httpx.HTTPStatusError) as refused,
     ):
         fleet.PullMessages(PullMessagesRequest())
-    assert status_of(refused) == httpx.codes.UNAUTHORIZED  # the SuperLink's own answer
+    assert status_of(refused) == UNAUTHORIZED  # the SuperLink's own answer
+
+
+@pytest.mark.parametrize(
+    ("shift", "status"),
+    [(0, UNKNOWN_KEY), (-290, UNKNOWN_KEY), (-310, UNAUTHORIZED), (20, UNAUTHORIZED)],
+    ids=["now", "slow clock", "replayed later, or too slow a clock", "too fast a clock"],
+)
+def test_signature_is_good_for_five_minutes(
+    federation: Federation, gate: str, monkeypatch: pytest.MonkeyPatch, shift: int, status: int
+) -> None:
+    """Flower signs the time of a call: a good signature of a key that nobody knows gets as far as the key."""
+    now = node_auth_http_interceptor.now
+    monkeypatch.setattr(node_auth_http_interceptor, "now", lambda: now() + timedelta(seconds=shift))
+    private, public = generate_key_pairs()
+    signing = node_auth_http_interceptor.NodeAuthHttpInterceptor(private, public)
+    request = ActivateNodeRequest(public_key=public_key_to_bytes(public), heartbeat_interval=30.0)
+    authority = federation.plan.credentials.authority.read_bytes()
+    with (
+        FleetHttpClient.from_server_address(gate, False, authority, interceptors=[signing]) as fleet,
+        pytest.raises(httpx.HTTPStatusError) as refused,
+    ):
+        fleet.ActivateNode(request)
+    assert status_of(refused) == status
 
 
 def test_control_api_is_closed_to_silos_and_open_to_the_coordinator(federation: Federation, gate: str) -> None:
@@ -95,7 +121,7 @@ def test_task_needs_the_superexecs_secret_even_at_the_superlink(federation: Fede
         pytest.raises(httpx.HTTPStatusError) as refused,
     ):
         runtime.AcquireTask(AcquireTaskRequest())
-    assert status_of(refused) == httpx.codes.UNAUTHORIZED
+    assert status_of(refused) == UNAUTHORIZED
 
 
 def test_node_cannot_register_itself(federation: Federation, gate: str) -> None:

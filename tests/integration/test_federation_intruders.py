@@ -4,20 +4,22 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 
 import pytest
 
 from services.common.ports import free_port
+from stack.federation import credentials
 from stack.federation.credentials import Credentials, make_certificates, make_credentials
 from stack.federation.network import Network, inside, may_separate, network
 from stack.federation.plan import FederationPlan, write_configs
 from stack.federation.settings import SiloConfig
 from stack.federation.silo import explain, supernode
 from stack.processes import Processes
-from tests.fakes.federation import Federation, wait_for
+from tests.fakes.federation import Federation, make_parties, wait_for
 from tests.fakes.recorder import recording
 
 pytestmark = [
@@ -25,6 +27,16 @@ pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.skipif(shutil.which("haproxy") is None, reason="haproxy is not installed"),
 ]
+WRONG_CLOCK = """
+import sys
+from datetime import timedelta
+from flwr.supernode import node_auth_http_interceptor as signing
+from flwr.supernode.cli import flower_supernode
+seconds, *sys.argv = sys.argv[1:]
+now = signing.now
+signing.now = lambda: now() + timedelta(seconds=float(seconds))
+flower_supernode()
+"""
 PROBE = """
 import json, socket, sys
 host, hosts = sys.argv[1], sys.argv[2:]
@@ -39,11 +51,18 @@ print(json.dumps({
 """
 
 
-def start_node(processes: Processes, config: SiloConfig, name: str) -> "subprocess.Popen[bytes]":
+def start_node(
+    processes: Processes, config: SiloConfig, name: str, clock_seconds: float = 0.0
+) -> "subprocess.Popen[bytes]":
+    """Start a SuperNode, whose clock may be wrong."""
     node_config = config.state_dir / "node-config.toml"
     node_config.parent.mkdir(parents=True, exist_ok=True)
     node_config.write_text(f"partition-id = {config.number}\n")
-    return processes.start(name, supernode(config, node_config))
+    command = supernode(config, node_config)
+    if clock_seconds:
+        program = next(place for place, word in enumerate(command) if word.endswith("/flower-supernode"))
+        command[program:program] = [sys.executable, "-c", WRONG_CLOCK, str(clock_seconds)]
+    return processes.start(name, command)
 
 
 def test_unknown_key_is_refused_and_explained(federation: Federation, tmp_path: Path) -> None:
@@ -67,19 +86,58 @@ def test_second_node_with_one_identity_is_refused_and_the_first_stays(federation
         assert honest.poll() is None
 
 
+@pytest.mark.parametrize("seconds", [20.0, -400.0], ids=["fast", "slow"])
+def test_node_with_a_wrong_clock_is_refused_and_explained(
+    federation: Federation, tmp_path: Path, seconds: float
+) -> None:
+    config = federation.silo(0).model_copy(update={"state_dir": tmp_path, "runtime_port": free_port()})
+    with Processes(tmp_path / "logs") as processes:
+        start_node(processes, config, "node", clock_seconds=seconds).wait(120)
+        assert "SuperNode ID" not in processes.output("node")
+        assert "set the clocks" in explain(processes.output("node"))
+
+
+def test_coordinator_with_a_damaged_database_says_so_and_what_to_do(tmp_path: Path) -> None:
+    with Processes(tmp_path / "logs") as processes:
+        federation = make_parties(tmp_path, processes, silos=1)
+        federation.coordinator.state_dir.mkdir(parents=True, exist_ok=True)
+        (federation.coordinator.state_dir / "superlink.db").write_bytes(b"no database" * 1000)
+        federation.start_coordinator()
+        wait_for(
+            lambda: "superlink ended with code 1: superlink.db is damaged" in federation.log("coordinator"), "word"
+        )
+        assert "`register` the silos' keys again" in federation.log("coordinator")
+
+
+class DayAfterTomorrow(datetime):
+    """A clock of which certificates are made that are not valid yet."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> "DayAfterTomorrow":
+        return cls.fromtimestamp(time.time() + timedelta(days=2).total_seconds(), tz)
+
+
 @pytest.mark.parametrize(
-    ("lifetime", "own_authority", "reason"),
+    ("lifetime", "made_at", "own_authority", "reason"),
     [
-        (timedelta(days=1), False, "is not signed by this silo's authority"),
-        (timedelta(days=-1), True, "the coordinator's certificate has expired"),
+        (timedelta(days=1), datetime, False, "is not signed by this silo's authority"),
+        (timedelta(days=-1), datetime, True, "the coordinator's certificate has expired"),
+        (timedelta(days=1), DayAfterTomorrow, True, "the coordinator's certificate is not valid yet"),
     ],
-    ids=["wrong", "expired"],
+    ids=["wrong", "expired", "not yet valid"],
 )
 def test_node_does_not_talk_to_a_coordinator_with_a_bad_certificate(
-    tmp_path: Path, lifetime: timedelta, own_authority: bool, reason: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lifetime: timedelta,
+    made_at: type[datetime],
+    own_authority: bool,
+    reason: str,
 ) -> None:
     server, other = Credentials(tmp_path / "server"), Credentials(tmp_path / "other")
-    make_certificates(server, ["127.0.0.1"], lifetime)
+    with monkeypatch.context() as patch:
+        patch.setattr(credentials, "datetime", made_at)
+        make_certificates(server, ["127.0.0.1"], lifetime)
     make_credentials(other, ["127.0.0.1"], ["silo-0"])
     with (
         recording(1, str(server.server_bundle), str(server.authority)) as recorder,

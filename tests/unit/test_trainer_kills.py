@@ -73,7 +73,10 @@ def undisturbed(
     results = {}
     for name in ("every stage", "scaffold"):
         (folder / name).mkdir()
-        config = every_stage(folder / name, model, services) if name == "every stage" else scaffold(folder / name, model)
+    for name, config in (
+        ("every stage", every_stage(folder / "every stage", model, services)),
+        ("scaffold", scaffold(folder / "scaffold", model)),
+    ):
         train(config)
         results[name] = result_of(config)
     return results
