@@ -18,6 +18,7 @@ from stack.federation.bundles import serving_bundle, sign_bundle, signature_of
 from stack.federation.coordinator import start_coordinator
 from stack.federation.credentials import Credentials, make_credentials
 from stack.federation.keeper import POLL_SECONDS, Keeper
+from stack.federation.place import holding
 from stack.federation.plan import FederationPlan
 from stack.federation.run import run_federation
 from stack.federation.settings import CoordinatorConfig, SiloConfig, read_config
@@ -74,7 +75,11 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _coordinator(arguments: argparse.Namespace) -> None:
     config = read_config(CoordinatorConfig, arguments.config)
     signature_of(config.bundle)  # must be there before anything is started
-    with serving_bundle(config.bundle) as hub, Processes(config.state_dir / "logs") as processes:
+    with (
+        serving_bundle(config.bundle) as hub,
+        Processes(config.state_dir / "logs") as processes,
+        holding(config.state_dir, processes.mark),
+    ):
         keeper = start_coordinator(config, processes, hub, _say)
         _say(f"the coordinator is up; silos reach it at {config.fleet_bind}")
         _stay(keeper)
@@ -82,7 +87,7 @@ def _coordinator(arguments: argparse.Namespace) -> None:
 
 def _silo(arguments: argparse.Namespace) -> None:
     config = read_config(SiloConfig, arguments.config)
-    with Processes(config.state_dir / "logs") as processes:
+    with Processes(config.state_dir / "logs") as processes, holding(config.state_dir, processes.mark):
         keeper = start_silo(config, processes)
         _say(f"client {config.number} is up and connects to {config.superlink}")
         _stay(keeper)

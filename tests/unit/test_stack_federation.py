@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import signal
 import ssl
 import stat
 import sys
@@ -22,9 +23,11 @@ from stack.federation.bundles import serving_bundle, sign_bundle, signature_of
 from stack.federation.credentials import SIGNER_ID, Credentials, make_certificates, make_credentials
 from stack.federation.keeper import Keeper
 from stack.federation.network import Network, network
+from stack.federation.place import holding
 from stack.federation.plan import FederationPlan, write_configs
 from stack.federation.settings import CoordinatorConfig, SiloConfig, read_config
 from stack.federation.silo import explain, has_lost_its_connection
+from stack.marks import new_mark
 from stack.processes import Processes, ProcessFailed
 from tests.fakes.federation import wait_for
 from tests.fakes.recorder import Recorder, recording
@@ -147,6 +150,26 @@ def test_node_that_hangs_after_losing_its_connection_is_restarted(
 )
 def test_what_a_node_cannot_recover_from_by_itself_is_told_from_what_it_can(line: str, lost: bool) -> None:
     assert has_lost_its_connection(f"INFO: SuperNode ID: 1\n{line}\n") == lost
+
+
+def test_what_a_killed_command_left_running_is_ended_by_the_next(tmp_path: Path) -> None:
+    with Processes(tmp_path / "logs") as processes:
+        with holding(tmp_path / "state", processes.mark):
+            left = processes.start("superlink", [sys.executable, "-c", "import time; time.sleep(60)"])
+        assert left.poll() is None
+        with holding(tmp_path / "state", new_mark()):
+            assert left.wait(20) == -signal.SIGKILL
+
+
+def test_second_command_in_one_folder_is_refused_and_the_first_stays(tmp_path: Path) -> None:
+    with Processes(tmp_path / "logs") as processes, holding(tmp_path / "state", processes.mark):
+        first = processes.start("superlink", [sys.executable, "-c", "import time; time.sleep(60)"])
+        with (
+            pytest.raises(ConfigError, match="state is in use by another command"),
+            holding(tmp_path / "state", new_mark()),
+        ):
+            pass
+        assert first.poll() is None
 
 
 def test_trouble_of_a_process_that_goes_on_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
