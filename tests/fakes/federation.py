@@ -118,12 +118,14 @@ class Federation:
 
     def kill_machine(self, name: str) -> None:
         """Kill -9 everything that a party has started, and the party itself."""
-        party = psutil.Process(self._parties[name].pid)
-        victims = [party, *party.children(recursive=True)]
-        for process in victims:
+        party = self._parties.pop(name)
+        started = psutil.Process(party.pid).children(recursive=True)
+        party.kill()
+        party.wait()
+        for process in started:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(victims, timeout=10)
+        psutil.wait_procs(started, timeout=10)
 
     def leak(self) -> None:
         """Replace the bundle by one whose client sends a prompt along, signed as any other."""

@@ -135,6 +135,7 @@ def test_run_survives_the_end_of_the_coordinators_machine(
     process, run_dir = start_and_wait_for_the_second_round(federation, name)
     first = rounds_of(run_dir)
     process.kill()
+    process.wait()
     federation.kill_machine("coordinator")
     if database == "damaged":
         damage_and_replace_the_database(federation)
