@@ -15,6 +15,7 @@ from flwr.proto.control_pb2 import ListRunsRequest, StartRunRequest
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, RegisterNodeFleetRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, PushAppMessagesRequest
 from flwr.supercore.control.control_http_client import ControlHttpClient
+from flwr.supercore.date import now
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 from flwr.supercore.protobuf.client import ProtobufClient
@@ -69,7 +70,6 @@ def test_signature_is_good_for_five_minutes(
     federation: Federation, gate: str, monkeypatch: pytest.MonkeyPatch, shift: int, status: int
 ) -> None:
     """Flower signs the time of a call: a good signature of a key that nobody knows gets as far as the key."""
-    now = node_auth_http_interceptor.now
     monkeypatch.setattr(node_auth_http_interceptor, "now", lambda: now() + timedelta(seconds=shift))
     private, public = generate_key_pairs()
     signing = node_auth_http_interceptor.NodeAuthHttpInterceptor(private, public)

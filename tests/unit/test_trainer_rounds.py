@@ -27,7 +27,7 @@ from trainer.config import RunConfig
 from trainer.model import _load
 from trainer.records import RoundRecord
 from trainer.registry import read_adapter, write_adapter
-from trainer.run_folder import RunFolder, read_result
+from trainer.run_folder import RunFolder, RunFolderInUse, holding, read_result
 from trainer.server_app import main, train_federation
 from trainer.shards import Pair
 
@@ -332,6 +332,12 @@ def test_client_with_another_version_installed_does_not_train_and_says_so(
     assert record.accepted == [0, 2]
     told = "fedward 0.2.0, flwr 1.41 is installed here, fedward 0.1.0, flwr 1.41 at the coordinator; install that"
     assert record.rejected == {1: f"client 1: {told}"}
+
+
+def test_second_coordinator_in_one_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.0)
+    with holding(tmp_path), pytest.raises(RunFolderInUse, match="is in use by another run"), holding(tmp_path):
+        pass
 
 
 def test_finished_run_is_not_trained_again(tmp_path: Path, model: Path) -> None:
