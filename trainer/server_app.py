@@ -180,11 +180,12 @@ def write_orders(
     sampled: Mapping[int, int], folder: RunFolder, round_number: int, base_model_sha256: str
 ) -> dict[int, ConfigRecord]:
     """What is asked of each client, by node; ``last-counted`` is its last round with an accepted update, or 0."""
+    versions = installed_versions()
     return {
         node: ConfigRecord({
             "round": round_number,
             "base-model-sha256": base_model_sha256,
-            "versions": installed_versions(),
+            "versions": versions,
             "last-counted": folder.last_counted(client),
         })
         for node, client in sampled.items()

@@ -13,8 +13,6 @@ from stack.processes import Processes, Service
 from stack.toml import Value, write_toml
 
 GIVEN_UP = re.compile(r"SSL/TLS handshake error detected|(?:Client|Server) error '\d{3}")
-# Flower ends with code 0 and without a word when the coordinator refuses a signature; when it has written its number
-# before that, it was accepted at first.
 REASONS = (
     ("certificate has expired", "the coordinator's certificate has expired; it needs a new one, or a clock is wrong"),
     ("certificate is not yet valid", "the coordinator's certificate is not valid yet: a clock is wrong, here or there"),
@@ -29,6 +27,7 @@ REASONS = (
     ),
     ("Client error '413", "a message is larger than the coordinator's proxy lets through (deploy/fleet-proxy.cfg)"),
     ("Server error '5", "the coordinator failed at a call; what at, is in its superlink.log"),
+    # Flower ends with code 0 and without a word when a signature is refused, at first or after it has got its number.
     (
         "SuperNode ID.*terminated gracefully",
         "the coordinator no longer accepts this silo's signature: a clock was set, or the coordinator has lost its "
