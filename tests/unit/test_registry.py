@@ -15,7 +15,7 @@ import pytest
 from evaluation.compare import summarise_job
 from evaluation.run_folder import read_run_folder
 from services.common.http import ServiceClient
-from services.contracts.adapters import CONFIG, MANIFEST, WEIGHTS, read_manifest
+from services.contracts.adapters import CONFIG, MANIFEST, WEIGHTS, Release, read_manifest
 from services.contracts.errors import (
     AdapterError,
     AdapterHashMismatch,
@@ -24,6 +24,7 @@ from services.contracts.errors import (
     UpstreamUnavailable,
 )
 from tests.fakes.evaluation_runs import write_job
+from tests.fakes.killed_runs import Point, run_until
 from tests.fakes.trainer_services import FakeServices, trainer_services
 from trainer.__main__ import main
 from trainer.aggregation import Arrays
@@ -255,6 +256,29 @@ def test_promotion_writes_a_release_copy_and_activates_it(
     assert (release.adapter, release.sha256) == (name, manifest.sha256)
     assert manifest.evaluation == summary() | {"adapter_sha256": sha256}
     assert services.loaded == {name: sha256}
+
+
+def promote_to(release_dir: Path, adapter: Path, evaluation: Path, baseline: Path, url: str) -> Release:
+    with ServiceClient("inference", url, attempts=1) as inference:
+        return promote(adapter, evaluation, baseline, release_dir, BOUNDS, inference)
+
+
+@pytest.mark.parametrize(
+    "function",
+    ["trainer.registry:shutil.copyfile", "trainer.release:copy_adapter", "services.common.http:ServiceClient.post"],
+    ids=["while it is copied", "with the copy written", "loaded, not yet active"],
+)
+def test_promotion_that_was_killed_is_done_by_the_next(
+    adapter: Path, services: FakeServices, tmp_path: Path, function: str
+) -> None:
+    arguments = (tmp_path / "release", adapter, *write_summaries(tmp_path, adapter, summary()), services.url)
+    run_until(Point(function, finished=0, after=True), promote_to, *arguments)
+    assert services.calls("/v1/release") == 0
+    release = promote_to(*arguments)
+    sha256 = read_manifest(adapter).sha256
+    assert (release.adapter, release.sha256) == ("release-cai-round-3", sha256)
+    assert read_manifest(tmp_path / "release" / "release-cai-round-3").sha256 == sha256
+    assert services.loaded == {"release-cai-round-3": sha256}
 
 
 @pytest.mark.parametrize(

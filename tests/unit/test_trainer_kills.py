@@ -88,8 +88,8 @@ def result_of(config: RunConfig) -> list[RunValue | None]:
 
 
 def kill_and_resume(config: RunConfig, point: Point) -> LocalGrid:
-    run_until(point, config)
     file = config.run_dir / "rounds.jsonl"
+    run_until(point, train, config, rounds=file)
     before = file.read_bytes() if file.exists() else b""
     grid = train(config)
     assert file.read_bytes().startswith(before)
