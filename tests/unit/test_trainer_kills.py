@@ -1,17 +1,21 @@
-"""A coordinator that is killed in any phase of a round: the run goes on as if nothing had happened."""
+"""A coordinator that is killed in any phase of a round, or meets an error of the SuperLink: the run goes on."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
+from flwr.proto.node_pb2 import NodeInfo
 
 from tests.fakes.killed_runs import Point, run_until
 from tests.fakes.tiny_model import build_tiny_model
 from tests.fakes.trainer_runs import LocalGrid, small_run
 from tests.fakes.trainer_services import FakeServices, trainer_services
-from tests.unit.test_trainer_rounds import rounds_of, train
+from tests.unit.test_trainer_rounds import context_of, rounds_of, train
+from trainer import run_folder
 from trainer.config import RunConfig, RunValue
-from trainer.run_folder import read_result
+from trainer.run_folder import RunFolderInUse, holding, read_result
+from trainer.server_app import main
 
 EVERYWHERE = {
     "before the roll call": Point("trainer.exchange:connected"),
@@ -119,3 +123,25 @@ def test_run_that_is_killed_while_clients_write_their_state_gives_the_same_resul
     config = scaffold(tmp_path, model)
     kill_and_resume(config, point)
     assert result_of(config) == undisturbed["scaffold"]
+
+
+def test_error_of_the_superlink_leaves_no_result_so_that_the_run_is_submitted_again(
+    tmp_path: Path, model: Path
+) -> None:
+    config = small_run(tmp_path, model)
+    grid = LocalGrid(config, range(3))
+
+    def locked() -> list[NodeInfo]:
+        request = httpx.Request("POST", "https://localhost/v1/runtime/get-nodes")
+        raise httpx.HTTPStatusError("database is locked", request=request, response=httpx.Response(500))
+
+    grid.get_nodes = locked  # type: ignore[method-assign]
+    with pytest.raises(httpx.HTTPStatusError):
+        main(grid, context_of(config))
+    assert read_result(config.run_dir) is None
+
+
+def test_second_coordinator_in_one_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.0)
+    with holding(tmp_path), pytest.raises(RunFolderInUse, match="is in use by another run"), holding(tmp_path):
+        pass

@@ -8,11 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_res_message
 
 from services.contracts.adapters import AdapterManifest, read_manifest
@@ -27,7 +25,7 @@ from trainer.config import RunConfig
 from trainer.model import _load
 from trainer.records import RoundRecord
 from trainer.registry import read_adapter, write_adapter
-from trainer.run_folder import RunFolder, RunFolderInUse, holding, read_result
+from trainer.run_folder import RunFolder, read_result
 from trainer.server_app import main, train_federation
 from trainer.shards import Pair
 
@@ -334,12 +332,6 @@ def test_client_with_another_version_installed_does_not_train_and_says_so(
     assert record.rejected == {1: f"client 1: {told}"}
 
 
-def test_second_coordinator_in_one_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.0)
-    with holding(tmp_path), pytest.raises(RunFolderInUse, match="is in use by another run"), holding(tmp_path):
-        pass
-
-
 def test_finished_run_is_not_trained_again(tmp_path: Path, model: Path) -> None:
     config = small_run(tmp_path, model, rounds=1)
     train(config)
@@ -468,22 +460,6 @@ def context_of(config: RunConfig) -> Context:
     """What Flower gives the ServerApp."""
     values = {name: "" if value is None else value for name, value in config.model_dump(mode="json").items()}
     return Context(1, 1, {}, RecordDict(), run_values(**values))
-
-
-def test_error_of_the_superlink_leaves_no_result_so_that_the_run_is_submitted_again(
-    tmp_path: Path, model: Path
-) -> None:
-    config = small_run(tmp_path, model)
-    grid = LocalGrid(config, range(3))
-
-    def locked() -> list[NodeInfo]:
-        request = httpx.Request("POST", "https://localhost/v1/runtime/get-nodes")
-        raise httpx.HTTPStatusError("database is locked", request=request, response=httpx.Response(500))
-
-    grid.get_nodes = locked  # type: ignore[method-assign]
-    with pytest.raises(httpx.HTTPStatusError):
-        main(grid, context_of(config))
-    assert read_result(config.run_dir) is None
 
 
 def test_failed_run_leaves_its_error_and_exit_code(tmp_path: Path, model: Path) -> None:
