@@ -11,6 +11,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from trainer.config import RunConfig, RunValue, default_run_config, parse_run_config
 from trainer.in_process import NODE_OFFSET, Change, InProcessGrid
 from trainer.in_process import be_the_coordinator as be_the_coordinator  # for tests that make messages
+from trainer.server_app import train_federation
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,3 +91,10 @@ class LocalGrid(InProcessGrid):
 
     def get_nodes(self) -> list[NodeInfo]:
         return [NodeInfo(node_id=node, name=self.names.get(node - NODE_OFFSET, "")) for node in self.contexts]
+
+
+def train(config: RunConfig, **grid: object) -> LocalGrid:
+    """Run a federation in this process to its end."""
+    local = LocalGrid(config, range(config.num_clients), **grid)  # type: ignore[arg-type]
+    train_federation(local, config)
+    return local

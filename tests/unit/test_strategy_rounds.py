@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 from services.contracts.adapters import read_manifest
 from services.contracts.errors import AdapterError
 from tests.fakes.tiny_model import build_tiny_model
-from tests.fakes.trainer_runs import LocalGrid, small_run
-from tests.unit.test_trainer_rounds import poison, rounds_of, train
+from tests.fakes.trainer_runs import LocalGrid, small_run, train
+from tests.unit.test_trainer_rounds import poison, rounds_of
 from trainer import run_folder
 from trainer.aggregation import Arrays
 from trainer.config import RunConfig, RunValue

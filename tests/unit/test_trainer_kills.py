@@ -9,9 +9,9 @@ from flwr.proto.node_pb2 import NodeInfo
 
 from tests.fakes.killed_runs import Point, run_until
 from tests.fakes.tiny_model import build_tiny_model
-from tests.fakes.trainer_runs import LocalGrid, small_run
+from tests.fakes.trainer_runs import LocalGrid, small_run, train
 from tests.fakes.trainer_services import FakeServices, trainer_services
-from tests.unit.test_trainer_rounds import context_of, rounds_of, train
+from tests.unit.test_trainer_rounds import context_of, rounds_of
 from trainer import run_folder
 from trainer.config import RunConfig, RunValue
 from trainer.run_folder import RunFolderInUse, holding, read_result

@@ -17,7 +17,7 @@ from services.contracts.adapters import AdapterManifest, read_manifest
 from services.contracts.errors import AdapterError, ConfigError, UpstreamUnavailable
 from tests.fakes.gateway_upstreams import closed_port
 from tests.fakes.tiny_model import build_tiny_model
-from tests.fakes.trainer_runs import QUERY, LocalGrid, Tamper, run_values, small_run, write_jsonl
+from tests.fakes.trainer_runs import QUERY, LocalGrid, Tamper, run_values, small_run, train, write_jsonl
 from tests.fakes.trainer_services import BAD, FakeServices, trainer_services
 from trainer import client_app, run_folder, server_app
 from trainer.aggregation import TooFewClients
@@ -39,12 +39,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def services() -> Iterator[FakeServices]:
     with trainer_services() as state:
         yield state
-
-
-def train(config: RunConfig, **grid: object) -> LocalGrid:
-    local = LocalGrid(config, range(config.num_clients), **grid)  # type: ignore[arg-type]
-    train_federation(local, config)
-    return local
 
 
 def rounds_of(config: RunConfig) -> list[RoundRecord]:
