@@ -9,6 +9,7 @@ from pydantic import BaseModel, computed_field
 from services.contracts.errors import FedwardError
 from trainer.aggregation import ClientUpdate, mean_by_tokens
 from trainer.curation import CurationReport
+from trainer.privacy import PrivacySpent
 
 # The counts that a client sends with its adapter, by name; the second group only in an arm with the filter.
 TRAINING_COUNTS = ("num-tokens", "loss", "steps", "skipped", "train-seconds")
@@ -80,6 +81,7 @@ class RoundRecord(BaseModel):
     curation_precision: float | None = None
     curation_recall: float | None = None
     screening: list[Screened] = []
+    privacy: PrivacySpent | None = None
     cai: ConstitutionalReport | None = None
     filter_model_id: str | None = None
     filter_model_sha256: str | None = None
@@ -104,6 +106,7 @@ class RunResult(BaseModel):
     rounds: int = 0
     adapter: str | None = None
     adapter_sha256: str | None = None
+    privacy: PrivacySpent | None = None
 
 
 class Clock:
@@ -163,8 +166,15 @@ def curation_counts(reports: Mapping[int, CurationReport]) -> dict[str, Any]:
     }
 
 
-def data_counts(accepted: Sequence[ClientUpdate], reports: Mapping[int, CurationReport]) -> dict[str, int]:
-    """The manifest's counts of what an adapter was trained on, in this round."""
+def data_counts(
+    accepted: Sequence[ClientUpdate], reports: Mapping[int, CurationReport], *, private: bool = False
+) -> dict[str, int]:
+    """The manifest's counts of what an adapter was trained on, in this round.
+
+    A ``private`` manifest tells the number of clients only: exact counts would leave with the adapter, without noise.
+    """
+    if private:
+        return {"clients": len(accepted)}
     trained = {"clients": len(accepted), "answer_tokens": sum(update.num_tokens for update in accepted)}
     return trained | (sum(reports.values(), start=CurationReport()).model_dump() if reports else {})
 

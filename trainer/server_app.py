@@ -15,7 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Message
 from flwr.serverapp import Grid, ServerApp
 
 from services.contracts.errors import AdapterError, ConfigError
-from trainer import constitutional, screening
+from trainer import constitutional, privacy, screening
 from trainer.aggregation import (
     Arrays,
     ClientUpdate,
@@ -109,6 +109,7 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
         for reason in rejected.values():
             log.warning("round %d: left out: %s", round_number, reason)
         require_enough(accepted, rejected, config.min_clients)
+        spent = privacy.spend(config, folder.path, round_number, accepted, folder.privacy_spent)
         adapter = strategy.finish()
         clock.lap("aggregate")
 
@@ -122,7 +123,7 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
         # 4. Register the adapter, then note the round as finished.
         curation = curation_reports(accepted) if config.arm.filters else {}
         filters = filter_models(accepted)
-        provenance |= {"data_counts": data_counts(accepted, curation), **filters}
+        provenance |= {"data_counts": data_counts(accepted, curation, private=config.dp != "off"), **filters}
         manifest = folder.write_adapter(round_number, adapter, adapter_config_json(trainee), provenance)
         record = RoundRecord(
             round_number=round_number,
@@ -133,6 +134,7 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
             rejected=rejected,
             screening=screened,
             late=fleet.count_late(),
+            privacy=spent,
             cai=cai,
             seconds=sum(clock.laps.values()),
             seconds_by_phase=clock.laps,
@@ -144,13 +146,17 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
         )
         folder.finish_round(record)
         report_progress(record, config, len(sampled))
-    folder.write_result(
-        RunResult(
-            status="completed",
-            rounds=folder.finished,
-            adapter=str(folder.adapter_dir(folder.finished)),
-            adapter_sha256=folder.rounds[-1].adapter_sha256,
-        )
+    folder.write_result(completed(folder))
+
+
+def completed(folder: RunFolder) -> RunResult:
+    """The result of a run whose rounds are all finished."""
+    return RunResult(
+        status="completed",
+        rounds=folder.finished,
+        adapter=str(folder.adapter_dir(folder.finished)),
+        adapter_sha256=folder.rounds[-1].adapter_sha256,
+        privacy=folder.privacy_spent,
     )
 
 
@@ -201,6 +207,7 @@ def collect_updates(
     arrays = ArrayRecord({name: Array(array) for name, array in sent.items()})
     contents = {node: RecordDict({"arrays": arrays, "config": order}) for node, order in orders.items()}
     expected = TRAINING_COUNTS + (CURATION_COUNTS if config.arm.filters else ())
+    expected += (privacy.RELEASES,) if config.dp == "local" else ()
     accepted, rejected, bytes_up = [], {}, 0
     for node, reply in fleet.ask(contents, MessageType.TRAIN):
         try:
@@ -251,3 +258,7 @@ def report_progress(record: RoundRecord, config: RunConfig, sampled: int) -> Non
         record.round_number, config.rounds, config.arm.value, len(record.accepted), sampled, record.loss,
         record.seconds, record.seconds * (config.rounds - record.round_number),
     )  # fmt: skip
+    if spent := record.privacy:
+        log.info(
+            "%s privacy: epsilon %.3g at delta %g, %d releases", spent.dp, spent.epsilon, spent.delta, spent.releases
+        )
