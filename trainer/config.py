@@ -240,8 +240,8 @@ class RunConfig(BaseModel):
             )
         if self.screening in ("down-weight", "drop"):
             raise ValueError(
-                f"{chosen} with screening={self.screening}: weights that depend on all updates break the bound on what "
-                "one client can change; choose one of the two (screening=report changes no weight)"
+                f"{chosen} with screening={self.screening}: which updates count would depend on the data, and no noise "
+                "covers that; choose one of the two (screening=report changes nothing)"
             )
         if self.max_update_norm:
             raise ValueError(
