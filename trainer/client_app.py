@@ -33,7 +33,7 @@ from trainer.config import RunConfig, parse_run_config
 from trainer.curation import CuratedShard, curate_once
 from trainer.local_training import Order, train_locally
 from trainer.model import load_trainee
-from trainer.privacy import RELEASES, count_releases, release_update
+from trainer.privacy import RELEASES, release_update
 from trainer.shards import Pair, client_shard
 
 log = logging.getLogger("flwr")
@@ -88,18 +88,18 @@ def train_round(content: RecordDict, config: RunConfig, client_id: int) -> Recor
     dataset = encode_once(curated.pairs if curated else pairs, trainee.tokenizer, config.max_length)
     if not dataset.examples:
         raise DataError(f"shard {client_id}: no pair is left to train on ({len(pairs)} before curation)")
+    asked = Order(int(order["round"]), int(order["last-counted"]))  # type: ignore[arg-type]  # the coordinator sends numbers
+    folder = client_folder(config, client_id)
     received = {name: array.numpy() for name, array in content.array_records["arrays"].items()}
     result, arrays = train_locally(
         trainee,
         received,
         dataset,
         config,
-        Order(int(order["round"]), int(order["last-counted"])),  # type: ignore[arg-type]  # the coordinator sends numbers
+        asked,
         seed=training_seed(config, client_id, order["round"]),
-        folder=client_folder(config, client_id),
+        folder=folder,
     )
-    if config.dp == "local":
-        arrays = release_update(arrays, received, config, client_folder(config, client_id), int(order["round"]))  # type: ignore[arg-type]  # as above
     counts: dict[str, MetricRecordValues] = {
         "num-tokens": result.num_tokens,
         "loss": result.loss,
@@ -108,7 +108,7 @@ def train_round(content: RecordDict, config: RunConfig, client_id: int) -> Recor
         "train-seconds": time.perf_counter() - started,
     }
     if config.dp == "local":
-        counts[RELEASES] = count_releases(client_folder(config, client_id))
+        arrays, counts[RELEASES] = release_update(arrays, received, config, folder, asked.round_number)
     reply = RecordDict({"arrays": ArrayRecord({name: Array(array) for name, array in arrays.items()})})
     if curated:
         counts |= {f"curation-{name}": number for name, number in curated.report.model_dump().items()}

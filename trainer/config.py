@@ -243,7 +243,7 @@ class RunConfig(BaseModel):
                 f"{chosen} with screening={self.screening}: which updates count would depend on the data, and no noise "
                 "covers that; choose one of the two (screening=report changes nothing)"
             )
-        if self.max_update_norm:
+        if self.dp == "central" and self.max_update_norm:
             raise ValueError(
                 f"{chosen} clips long updates at dp-clipping-norm; max-update-norm would refuse them first"
             )

@@ -107,16 +107,18 @@ def secure_normal(shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
     return np.asarray(ndtri(uniform)).reshape(shape)
 
 
-def mechanism_of(config: RunConfig, normal: Normal = secure_normal) -> Mechanism:
+def mechanism_of(config: RunConfig) -> Mechanism:
     """The run's clipping and noise."""
-    return Mechanism(config.dp_clipping_norm, config.dp_noise_multiplier, normal)
+    return Mechanism(config.dp_clipping_norm, config.dp_noise_multiplier, secure_normal)
 
 
-def release_update(trained: Arrays, received: Arrays, config: RunConfig, folder: Path, round_number: int) -> Arrays:
-    """What a client under local privacy sends of what it trained, noted in its own ledger before."""
-    note_release(folder, round_number)
+def release_update(
+    trained: Arrays, received: Arrays, config: RunConfig, folder: Path, round_number: int
+) -> tuple[Arrays, int]:
+    """What a client under local privacy sends of what it trained, and its releases so far, this one included."""
+    releases = note_release(folder, round_number)
     mechanism = mechanism_of(config)
-    return mechanism.add_noise(mechanism.clip(trained, received), 1)
+    return mechanism.add_noise(mechanism.clip(trained, received), 1), releases
 
 
 def note_release(folder: Path, round_number: int) -> int:

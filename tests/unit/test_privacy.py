@@ -267,7 +267,10 @@ def test_noise_of_two_runs_differs_although_the_seed_is_the_same(tmp_path: Path,
         ({"strategy": "median", "malicious_clients": 1, "min_clients": 3}, "dp=central with strategy=median"),
         ({"dp": "local", "strategy": "flora", "residual_rank": 2}, "dp=local with strategy=flora"),
         ({"strategy": "fedavg", "client_rank": 2}, "one rank everywhere"),
-        ({"strategy": "fedavg", "screening": "drop", "red_team_data": "r"}, "dp=central with screening=drop: which updates"),
+        (
+            {"strategy": "fedavg", "screening": "drop", "red_team_data": "r"},
+            "dp=central with screening=drop: which updates",
+        ),
         ({"strategy": "fedavg", "screening": "down-weight", "red_team_data": "r"}, "choose one of the two"),
         ({"max_update_norm": 1.0}, "dp=central clips long updates at dp-clipping-norm"),
         ({"dp_delta": 0.2}, r"dp-delta=0.2 .* well below 1 / num-clients \(0.125\)"),
@@ -299,6 +302,11 @@ def test_settings_that_contradict_privacy_are_refused_with_the_reason(
     settings: dict[str, RunValue] = {"arm": "none", "benign_data": "b", "harmful_data": "h", "dp": "central"}
     with pytest.raises(ConfigError, match=reason):
         make_config(**(settings | {"strategy": "ffa-lora"} | changes))
+
+
+def test_noised_updates_may_be_refused_by_their_norm() -> None:
+    values: dict[str, RunValue] = {"arm": "none", "benign_data": "b", "harmful_data": "h", "strategy": "ffa-lora"}
+    assert make_config(**values, dp="local", max_update_norm=9.0).max_update_norm == 9.0
 
 
 def test_report_of_screening_goes_with_privacy() -> None:
