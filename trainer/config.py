@@ -23,12 +23,12 @@ OptionalText = Annotated[str | None, BeforeValidator(lambda value: None if value
 
 # A silo decides these for itself (`flower-supernode --node-config`): where its data lies and who may see it.
 DATA_KEYS = ("shard-data", "safety-url", "critique-url", "client-dir")
-SILO_KEYS = (*DATA_KEYS, "base-model", "client-rank")
+SILO_KEYS = (*DATA_KEYS, "base-model", "client-rank", "dp-delta", "dp-max-epsilon")
 # These may change between a run and its continuation: they do not change what a finished round means.
 OPERATIONAL_FIELDS = {
     "run_dir", "client_dir", "resume", "rounds", "safety_url", "critique_url", "coordinator_critique_url",
     "inference_url", "service_timeout_seconds", "round_timeout_seconds", "lost_node_seconds", "min_filter_recall",
-    "client_rank",
+    "client_rank", "dp_max_epsilon",
 }  # fmt: skip
 
 MAX_OWN_PAIRS = 10_000_000
@@ -139,6 +139,7 @@ class RunConfig(BaseModel):
     dp_clipping_norm: float = Field(gt=0, description="a longer change (Euclidean norm) is shortened to this")
     dp_noise_multiplier: float = Field(gt=0, description="the noise's standard deviation, in clipping norms")
     dp_delta: float = Field(gt=0, lt=1, description="the delta at which epsilon is reported")
+    dp_max_epsilon: float = Field(ge=0, description="nothing is released that would spend more; 0: no limit")
     secure_aggregation: bool = Field(description="always refused, with the reason: docs/adr/0010-privacy.md")
 
     screening: Literal["off", "report", "down-weight", "drop"] = Field(
@@ -227,6 +228,8 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _privacy_holds(self) -> Self:
         if self.dp == "off":
+            if self.dp_max_epsilon:
+                raise ValueError(f"dp-max-epsilon={self.dp_max_epsilon:g} needs dp=central or dp=local")
             return self
         chosen = f"dp={self.dp}"
         if self.strategy not in PRIVATE:

@@ -30,7 +30,7 @@ from services.contracts.errors import AdapterError, ConfigError
 from trainer.aggregation import Arrays
 from trainer.config import RunConfig
 from trainer.files import append_line, make_dir, write_atomically, writing
-from trainer.privacy import PrivacySpent
+from trainer.privacy_budget import PrivacySpent
 from trainer.records import RoundRecord, RunResult
 from trainer.registry import read_adapter, write_adapter
 

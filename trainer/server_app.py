@@ -15,7 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Message
 from flwr.serverapp import Grid, ServerApp
 
 from services.contracts.errors import AdapterError, ConfigError
-from trainer import constitutional, privacy, screening
+from trainer import constitutional, privacy_budget, screening
 from trainer.aggregation import (
     Arrays,
     ClientUpdate,
@@ -27,14 +27,13 @@ from trainer.config import RunConfig, parse_run_config
 from trainer.exchange import Fleet, content_of
 from trainer.model import Trainee, adapter_config_json, load_trainee
 from trainer.records import (
-    CURATION_COUNTS,
-    TRAINING_COUNTS,
     Clock,
     RoundRecord,
     RunResult,
     curation_counts,
     curation_reports,
     data_counts,
+    expected_counts,
     failure,
     filter_models,
     training_counts,
@@ -109,7 +108,7 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
         for reason in rejected.values():
             log.warning("round %d: left out: %s", round_number, reason)
         require_enough(accepted, rejected, config.min_clients)
-        spent = privacy.spend(config, folder.path, round_number, accepted, folder.privacy_spent)
+        spent = privacy_budget.spend(config, folder.path, round_number, accepted, folder.privacy_spent)
         adapter = strategy.finish()
         clock.lap("aggregate")
 
@@ -121,7 +120,7 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
             clock.lap("cai")
 
         # 4. Register the adapter, then note the round as finished.
-        curation = curation_reports(accepted) if config.arm.filters else {}
+        curation = curation_reports(accepted)
         filters = filter_models(accepted)
         provenance |= {"data_counts": data_counts(accepted, curation, private=config.dp != "off"), **filters}
         manifest = folder.write_adapter(round_number, adapter, adapter_config_json(trainee), provenance)
@@ -206,8 +205,7 @@ def collect_updates(
     """
     arrays = ArrayRecord({name: Array(array) for name, array in sent.items()})
     contents = {node: RecordDict({"arrays": arrays, "config": order}) for node, order in orders.items()}
-    expected = TRAINING_COUNTS + (CURATION_COUNTS if config.arm.filters else ())
-    expected += (privacy.RELEASES,) if config.dp == "local" else ()
+    expected = expected_counts(config)
     accepted, rejected, bytes_up = [], {}, 0
     for node, reply in fleet.ask(contents, MessageType.TRAIN):
         try:
@@ -254,8 +252,9 @@ def filter_model_of(content: RecordDict) -> tuple[str, str] | None:
 def report_progress(record: RoundRecord, config: RunConfig, sampled: int) -> None:
     """One line a round, with an estimate of the time left."""
     log.info(
-        "round %d/%d [%s]: %d of %d clients, loss %.3f, %.1f s, about %.0f s left",
-        record.round_number, config.rounds, config.arm.value, len(record.accepted), sampled, record.loss,
+        "round %d/%d [%s]: %d of %d clients, loss %s, %.1f s, about %.0f s left",
+        record.round_number, config.rounds, config.arm.value, len(record.accepted), sampled,
+        "not told" if record.loss is None else f"{record.loss:.3f}",
         record.seconds, record.seconds * (config.rounds - record.round_number),
     )  # fmt: skip
     if spent := record.privacy:
