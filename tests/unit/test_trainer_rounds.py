@@ -58,7 +58,9 @@ def test_run_leaves_an_adapter_and_a_line_for_each_round(tmp_path: Path, model: 
     records = rounds_of(config)
     assert [record.round_number for record in records] == [1, 2]
     first, second = (record.loss for record in records)
-    assert first is not None and second is not None and second < first
+    assert first is not None
+    assert second is not None
+    assert second < first
     for record in records:
         arrays, manifest = read_adapter(config.run_dir / "adapters" / f"round-{record.round_number}")
         assert manifest.sha256 == record.adapter_sha256
