@@ -273,7 +273,7 @@ class RunConfig(BaseModel):
                 "read it there: they exclude each other"
             )
         raise ValueError(
-            "secure-aggregation: Flower has SecAgg+ for its legacy workflow only, not for the Message API of this app; "
+            "secure-aggregation: Flower has SecAgg+ for its legacy apps only, and draws its masks from 32-bit seeds; "
             "dp=local hides an update in noise before it leaves its silo"
         )
 

@@ -346,7 +346,7 @@ def test_noise_of_two_runs_differs_although_the_seed_is_the_same(tmp_path: Path,
         ({"dp_clipping_norm": 0.0}, "dp-clipping-norm: Input should be greater than 0"),
         ({"dp": "both"}, "dp: Input should be 'off', 'central' or 'local'"),
         ({"secure_aggregation": True}, "and dp=central read it there: they exclude each other"),
-        ({"secure_aggregation": True, "dp": "local"}, "Flower has SecAgg\\+ for its legacy workflow only"),
+        ({"secure_aggregation": True, "dp": "local"}, "Flower has SecAgg\\+ for its legacy apps only"),
         (
             {
                 "secure_aggregation": True,
