@@ -11,6 +11,7 @@ import httpx
 import pytest
 from prometheus_client import REGISTRY
 
+from tests.fakes.gateway_inference import FakeInference
 from tests.fakes.gateway_stack import (
     LEAK_CASES,
     UNCHECKED,
@@ -23,7 +24,7 @@ from tests.fakes.gateway_stack import (
     wait_for,
     words,
 )
-from tests.fakes.gateway_upstreams import BLAND, MARKER, FakeInference, FakeSafety, closed_port, serving
+from tests.fakes.gateway_upstreams import BLAND, MARKER, FakeSafety, closed_port, serving
 from tests.fakes.vllm_server import FakeVllm
 
 # What is allowed

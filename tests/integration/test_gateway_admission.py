@@ -16,8 +16,9 @@ from gateway.audit_store import AuditStore
 from gateway.keys_command import main as keys
 from gateway.settings import GatewaySettings
 from services.contracts.errors import ConfigError
+from tests.fakes.gateway_inference import FakeInference
 from tests.fakes.gateway_stack import PATIENT, chat_body, events, said, wait_for
-from tests.fakes.gateway_upstreams import MARKER, FakeInference, FakeSafety, serving
+from tests.fakes.gateway_upstreams import MARKER, FakeSafety, serving
 
 POLICY = """\
 schema_version: 1

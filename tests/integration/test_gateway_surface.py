@@ -6,13 +6,20 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.fakes.gateway_protocols import CHAT, COMPLETIONS, SPEAKERS, TGI, TGI_ROOT, Speaker
+from tests.fakes.gateway_protocols import (
+    CHAT,
+    COMPLETIONS,
+    TGI,
+    TGI_ROOT,
+    Speaker,
+    by_name,
+    openais,
+    streamed_or_not,
+)
 from tests.fakes.gateway_stack import LEAK_CASES, Stack, by_sentence, events, wait_for, words
 from tests.fakes.gateway_upstreams import BLAND, MARKER
 
 REFUSAL = "I'm sorry, but I can't help with that."
-by_name = pytest.mark.parametrize("speaker", SPEAKERS, ids=lambda speaker: speaker.name)
-streamed_or_not = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 
 
 # What is allowed
@@ -151,7 +158,7 @@ def test_reasoning_leaves_in_its_own_channel(stack: Stack, stream: bool) -> None
         )
 
 
-@pytest.mark.parametrize("speaker", [CHAT, COMPLETIONS], ids=["chat", "completions"])
+@openais
 @streamed_or_not
 def test_all_choices_leave(stack: Stack, speaker: Speaker, stream: bool) -> None:
     stack.answer(["One. ", "Or so. "], others=[["Two. "], ["Three. ", "Four. ", "Five"]], usage=True)
@@ -236,7 +243,7 @@ def test_marker_never_leaves_from_any_place(stack: Stack, place: str, stream: bo
     assert speaker.finish_reason(response) == "content_filter"
 
 
-@pytest.mark.parametrize("speaker", [CHAT, COMPLETIONS], ids=["chat", "completions"])
+@openais
 @pytest.mark.parametrize("bad", [0, 1])
 def test_violation_ends_only_its_choice_in_a_stream(stack: Stack, speaker: Speaker, bad: int) -> None:
     pieces = [words(30, sentence=6), words(30, sentence=6)]
@@ -256,7 +263,7 @@ def test_violation_ends_only_its_choice_in_a_stream(stack: Stack, speaker: Speak
     assert events(response)[-1] == "[DONE]"
 
 
-@pytest.mark.parametrize("speaker", [CHAT, COMPLETIONS], ids=["chat", "completions"])
+@openais
 def test_violation_ends_only_its_choice_in_a_whole_answer(stack: Stack, speaker: Speaker) -> None:
     stack.answer(["Fine. "], others=[[f"The {MARKER}. "], ["Good. "]])
     response = speaker.ask(stack, n=3)
@@ -265,7 +272,7 @@ def test_violation_ends_only_its_choice_in_a_whole_answer(stack: Stack, speaker:
     assert response.headers["x-fedward-decision"] == "refuse"
 
 
-@pytest.mark.parametrize("speaker", [CHAT, COMPLETIONS], ids=["chat", "completions"])
+@openais
 def test_generation_stops_when_every_choice_is_blocked(stack: Stack, speaker: Speaker) -> None:
     bad = [f"The {MARKER}. ", "More. "]
     stack.answer(bad, others=[bad], pause=lambda i: 60 if i == 2 else 0)

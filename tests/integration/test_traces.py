@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
+from tests.fakes.gateway_inference import FakeInference
 from tests.fakes.gateway_stack import chat_body
-from tests.fakes.gateway_upstreams import FakeInference, serving
+from tests.fakes.gateway_upstreams import serving
 from tests.fakes.model_servers import wait_for_url
 from tests.fakes.otlp_receiver import OtlpReceiver, Received, otlp_receiver
 from tests.meta.test_import_layers import ROOT
