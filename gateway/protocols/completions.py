@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import Literal
 
-from pydantic import BaseModel
-
 from gateway.answers import CONTENT, Event, Finish, Head, Part, Sent, Token, Unit, note_on, with_note
 from gateway.asked import Asked, Kind, Turn, check_length, encode_body, has_words, resolve_model
 from gateway.protocols import openai_fields
-from gateway.protocols.openai_fields import AnswerHead, choices_asked, headed, other_fields, token_text
+from gateway.protocols.openai_fields import AnswerHead, headed, token_text
+from gateway.protocols.parts import Count, UpstreamPart
+from gateway.protocols.request_fields import choices_asked, other_fields
 from gateway.settings import GatewaySettings
 from services.contracts.chat import Json, Usage
 from services.contracts.errors import RequestError
@@ -59,13 +59,13 @@ def _prompts(prompt: object, settings: GatewaySettings) -> tuple[str, ...]:
     return tuple(prompts)
 
 
-class _Logprobs(BaseModel):
+class _Logprobs(UpstreamPart):
     """A column for each thing that is told about the tokens."""
 
-    tokens: list[str] = []
+    tokens: tuple[str, ...] = ()
     token_logprobs: list[float | None] | None = None
     top_logprobs: list[dict[str, float] | None] | None = None
-    text_offset: list[int] | None = None
+    text_offset: list[Count] | None = None
 
     def rows(self) -> Iterator[Token]:
         columns = (self.token_logprobs or (), self.top_logprobs or (), self.text_offset or ())
@@ -74,8 +74,8 @@ class _Logprobs(BaseModel):
             yield Token(shape, tuple(token_text(name) for name in (token or "", *(top or ()))))
 
 
-class _Choice(BaseModel):
-    index: int = 0
+class _Choice(UpstreamPart):
+    index: Count = 0
     text: str = ""
     logprobs: _Logprobs | None = None
     finish_reason: Literal["stop", "length", "content_filter"] | None = None
@@ -87,7 +87,7 @@ class _Answer(AnswerHead):
     choices: list[_Choice]
 
 
-def read_whole(body: bytes | str) -> Event:
+def read_whole(body: bytes | str, head: Head) -> Event:
     """A whole answer."""
     answer = _Answer.model_validate_json(body)
     parts = []
@@ -96,12 +96,12 @@ def read_whole(body: bytes | str) -> Event:
         if choice.text or tokens:
             parts.append(Part(choice.index, CONTENT, choice.text, tokens))
     finishes = {choice.index: Finish(choice.finish_reason) for choice in answer.choices if choice.finish_reason}
-    return Event(answer.head(), parts, finishes, answer.usage)
+    return Event(head.by(answer.system_fingerprint), parts, finishes, answer.usage)
 
 
-def read_event(data: str) -> Event:
+def read_event(data: str, head: Head) -> Event:
     """One event of a stream: it has the fields of a whole answer."""
-    return read_whole(data)
+    return read_whole(data, head)
 
 
 def whole(asked: Asked, head: Head, units: list[Unit], usage: Usage) -> Json:

@@ -4,7 +4,7 @@ Unknown fields are kept (``extra="allow"``): OpenAI-compatible servers add their
 Sources: OpenAI API reference (chat completions); text-generation-inference ``docs/openapi.json``.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -47,12 +47,15 @@ class ChatRequest(BaseModel):
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
 
+TokenCount = Annotated[int, Field(ge=0, lt=2**31)]
+
+
 class Usage(BaseModel):
     """Token counts of one request."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
+    prompt_tokens: TokenCount
+    completion_tokens: TokenCount
+    total_tokens: TokenCount
 
 
 class ChatChoice(BaseModel):

@@ -26,7 +26,8 @@ class FakeInference(Fake):
 
     ``others`` are the pieces of further choices, ``reasoning`` comes before the content and ``calls`` after it, each a
     name and the pieces of its arguments; with ``alternatives``, one for each piece, tokens are told about. The fault
-    shows before piece ``fault_at``, or at once when that is 0.
+    shows before piece ``fault_at``, or at once when that is 0. ``alter`` changes a whole answer, or each event. Fields
+    that have no check of their own hold ``MARKER``.
     """
 
     pieces: list[str] = field(default_factory=lambda: [BLAND])
@@ -38,7 +39,8 @@ class FakeInference(Fake):
     pause: Callable[[int], float] = lambda _: 0.0
     fault_at: int = 0
     usage: bool = False
-    name: str = "fake"
+    fingerprint: str = "ad" * 32
+    alter: Callable[[Any], Any] = lambda said: said
     started_at: float = 0.0
     finished: int = 0
     cancelled: int = 0
@@ -59,10 +61,11 @@ class FakeInference(Fake):
 
     async def handle(self, path: str, body: Any, reply: Reply) -> None:
         if path == "/v1/models":
-            cards = [{"id": name, "object": "model", "created": 1, "owned_by": "x"} for name in ("fake", "secret")]
-            return await reply.json({"object": "list", "data": cards})
+            card = {"object": MARKER, "created": 1, "owned_by": MARKER, "root": MARKER, "sha256": self.fingerprint}
+            cards = [card | {"id": name, "max_model_len": 512} for name in ("fake", "secret", "other")]
+            return await reply.json({"object": MARKER, "data": cards})
         if path == "/info":
-            return await reply.json({"model_id": "fake", "router": "fake"})
+            return await reply.json(INFO)
         if path == "/v1/release":
             return await reply.json({"served_model": "fake", "adapter": "round-2", "sha256": "a" * 64})
         self.requests.append(body)
@@ -86,7 +89,7 @@ class FakeInference(Fake):
     async def _whole(self, shape: "Shape", reply: Reply) -> None:
         for i in range(len(self.pieces)):
             await asyncio.sleep(self.pause(i))
-        await reply.json(shape.whole())
+        await reply.json(self.alter(shape.whole()))
 
     async def _stream(self, shape: "Shape", reply: Reply) -> None:
         await reply.start(kind="text/event-stream")
@@ -129,7 +132,7 @@ class FakeInference(Fake):
 
     async def _send(self, reply: Reply, events: list[dict[str, Any]]) -> None:
         for event in events:
-            await reply.body(sse(event))
+            await reply.body(sse(self.alter(event)))
 
 
 class ChatShape:
@@ -202,7 +205,7 @@ class ChatShape:
         return {"content": tokens}
 
     def event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        names = {"id": "chatcmpl-1", "model": self.fake.name, "system_fingerprint": "adapter-1"}
+        names = {"id": MARKER, "model": MARKER, "system_fingerprint": self.fake.fingerprint}
         return {"object": self.kind, "created": 1, **names, "choices": choices, "unknown": MARKER}
 
 
@@ -273,6 +276,16 @@ class TgiShape(ChatShape):
 Shape = ChatShape
 
 
+INFO = {
+    "model_id": MARKER,
+    "model_sha": "ad" * 20,
+    "model_dtype": MARKER,
+    "max_input_tokens": 511,
+    "max_total_tokens": 512,
+    "router": MARKER,
+    "version": MARKER,
+    "unknown": 1,
+}
 USAGE = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gateway.answers import Call, Head, Part, Token, checked_name, texts_to_check, token_texts
+from gateway.answers import Call, Head, Part, Token, checked_call_id, texts_to_check, token_texts
 from gateway.asked import strings_in
 from gateway.protocols import chat
 from gateway.protocols.openai_fields import token_text
@@ -57,7 +57,7 @@ def test_bytes_leave_only_where_they_are_the_tokens_own(
 ) -> None:
     logprobs = {"content": [{"token": token, "logprob": -1, "bytes": given}]}
     choice = {"index": 0, "message": {"content": "a"}, "finish_reason": "stop", "logprobs": logprobs}
-    [part] = chat.read_whole(json.dumps({"id": "1", "choices": [choice]})).parts
+    [part] = chat.read_whole(json.dumps({"id": "1", "choices": [choice]}), Head.own("", "m")).parts
     assert part.tokens[0].shape["bytes"] == left
 
 
@@ -85,7 +85,7 @@ def test_deeply_nested_strings_are_found() -> None:
 @pytest.mark.parametrize("name", ["a name", "x" * 201, "é", "a\nb"])
 def test_text_is_no_name(name: str) -> None:
     with pytest.raises(UpstreamUnavailable):
-        checked_name(name)
+        checked_call_id(name)
 
 
 def test_own_head_has_the_protocols_prefix() -> None:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from gateway.answers import Head
 from gateway.asked import Asked
 from gateway.checks import prompt_items
 from gateway.protocols import chat, completions, tgi
@@ -70,7 +71,7 @@ def long_words(value: Any) -> list[str]:
 def test_answer_is_read_or_refused(wire: ModuleType, body: Any) -> None:
     for read in (wire.read_whole, wire.read_event):
         try:
-            event = read(json.dumps(body))
+            event = read(json.dumps(body), Head("1", 1, "m"))
         except (ValidationError, UpstreamUnavailable):
             continue
         assert not event.parts
