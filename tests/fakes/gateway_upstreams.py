@@ -190,7 +190,10 @@ async def _next(receive: Receive) -> None:
 
 @dataclass
 class FakeSafety(Fake):
-    """Flags ``MARKER``. The fault shows in checks of one direction, from the given one on, with the given text."""
+    """Flags ``MARKER``. The fault shows in checks of one direction, from the given one on, with the given text.
+
+    ``alter`` changes each verdict.
+    """
 
     fault_direction: str = "prompt"
     fault_from: int = 0
@@ -198,6 +201,7 @@ class FakeSafety(Fake):
     delay: float = 0.0
     hold_prompt_while: Callable[[], bool] = lambda: False
     verdict_at: float = 0.0
+    alter: Callable[[Any], Any] = lambda verdict: verdict
     seen: dict[str, int] = field(default_factory=lambda: {"prompt": 0, "response": 0})
 
     async def handle(self, path: str, body: Any, reply: Reply) -> None:
@@ -219,7 +223,7 @@ class FakeSafety(Fake):
             return await self._fault(reply, body)
         if direction == "prompt":
             self.verdict_at = time.monotonic()
-        return await reply.json({"verdicts": [verdict(item) for item in body["items"]]})
+        return await reply.json({"verdicts": [self.alter(verdict(item)) for item in body["items"]]})
 
     async def _fault(self, reply: Reply, body: Any) -> None:
         good = [verdict(item) for item in body["items"]]

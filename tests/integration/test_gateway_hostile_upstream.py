@@ -1,4 +1,4 @@
-"""A model server that is broken or in somebody else's hands: nothing of it leaves unchecked, no answer is 503."""
+"""Services that are broken or in somebody else's hands: nothing of theirs leaves unchecked, and no answer is 503."""
 
 from collections.abc import Callable
 from typing import Any
@@ -96,6 +96,20 @@ def test_alternatives_without_a_token_are_no_answer(stack: Stack, rows: int) -> 
     row = [{"id": 1, "text": MARKER, "logprob": -1.0}]
     stack.answer(["One ", "two."], alter=put("details", "top_tokens", value=[row] * rows))
     assert_no_answer(TGI, TGI.ask(stack))
+
+
+@by_name
+@streamed_or_not
+@pytest.mark.parametrize("path", [("score",), ("categories", "S1")], ids=["score", "category"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), float("inf"), -0.01, 1.01, "none"])
+def test_score_that_is_no_probability_is_no_verdict(
+    stack: Stack, speaker: Speaker, path: tuple[str, ...], value: Any, stream: bool
+) -> None:
+    stack.safety.alter = put(*path, value=value)
+    response = speaker.ask(stack, stream=stream)
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert "safety: " in response.text
+    assert BLAND.strip() not in response.text
 
 
 def assert_no_answer(speaker: Speaker, response: httpx.Response) -> None:
