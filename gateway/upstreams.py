@@ -189,7 +189,7 @@ class Upstreams:
             ) as response:
                 await _require_success(service, response)
                 head = _head(wire, asked, response)
-                async for piece in response.aiter_bytes():
+                async for piece in response.aiter_raw():
                     for data in parser.feed(piece):
                         if data == DONE:
                             return

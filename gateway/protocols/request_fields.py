@@ -1,8 +1,8 @@
 """Fields of a request beside those that its protocol reads: refused, left out, or passed on with their text checked.
 
 Servers add fields of their own, and a gateway that knew them all would be out of date with each release of theirs. So
-an unknown field goes upstream and every string in it is checked (docs/adr/0011-unknown-fields-are-checked.md). What is refused by name here is what
-a check of strings cannot judge.
+an unknown field goes upstream and every string in it is checked. What is refused by name here is what a check of
+strings cannot judge. Why: docs/adr/0011-unknown-fields-are-checked.md.
 """
 
 from gateway.asked import MAX_CHOICES, Turn, given

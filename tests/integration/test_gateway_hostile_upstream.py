@@ -1,5 +1,7 @@
 """Services that are broken or in somebody else's hands: nothing of theirs leaves unchecked, and no answer is 503."""
 
+import gzip
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -7,11 +9,11 @@ import httpx
 import pytest
 
 from tests.fakes.gateway_protocols import CHAT, COMPLETIONS, TGI, Speaker, by_name, openais, streamed_or_not
-from tests.fakes.gateway_stack import Stack, events
-from tests.fakes.gateway_upstreams import BLAND, MARKER
+from tests.fakes.gateway_stack import Stack, chat_body, events, gateway
+from tests.fakes.gateway_upstreams import BLAND, MARKER, FakeSafety, raw_server, serving
 
 
-def put(*path: str | int, value: Any) -> Callable[[Any], Any]:
+def put(*path: Any, value: Any) -> Callable[[Any], Any]:
     """Sets one value in whatever answers and events have its place."""
 
     def alter(said: Any) -> Any:
@@ -96,6 +98,36 @@ def test_alternatives_without_a_token_are_no_answer(stack: Stack, rows: int) -> 
     row = [{"id": 1, "text": MARKER, "logprob": -1.0}]
     stack.answer(["One ", "two."], alter=put("details", "top_tokens", value=[row] * rows))
     assert_no_answer(TGI, TGI.ask(stack))
+
+
+HALF = '{"q": "a\\ud800 river"}'
+
+
+@streamed_or_not
+def test_half_a_character_in_what_a_call_means(stack: Stack, stream: bool) -> None:
+    stack.answer(["Look. "], calls=[("find", [HALF])])
+    response = CHAT.ask(stack, stream=stream)
+    assert response.status_code == 200
+    assert json.dumps(HALF)[1:-1] in response.text
+    asked = {"id": "1", "type": "function", "function": {"name": "find", "arguments": HALF}}
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [asked]}]
+    assert CHAT.ask(stack, stream=stream, messages=messages).status_code == 200
+
+
+def test_compressed_answer_is_not_unpacked() -> None:
+    """A small body would become a huge one in memory."""
+    text = b'{"choices": [{"message": {"content": "' + b"a" * 1000 + b'"}, "finish_reason": "stop"}]}'
+    packed = gzip.compress(text)
+    head = b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(packed)
+    received: list[bytes] = []
+    with (
+        raw_server(head + packed, received=received) as inference_url,
+        serving(FakeSafety()) as safety_url,
+        gateway(inference_url, safety_url) as url,
+    ):
+        answer = httpx.post(f"{url}/v1/chat/completions", json=chat_body())
+    assert answer.status_code == 503
+    assert b"accept-encoding: identity" in received[-1].lower()
 
 
 @by_name

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gateway.answers import Call, Head, Part, Token, checked_call_id, texts_to_check, token_texts
 from gateway.asked import strings_in
@@ -73,6 +75,31 @@ def test_call_is_checked_as_written_and_as_meant() -> None:
 def test_strings_come_in_order_with_names_and_what_they_stand_for() -> None:
     value = {"a": ["b", {"c": None, "d": 1}], "e": '"f\\"g"'}
     assert list(strings_in(value, "h")) == ["a", "b", "c", "d", "e", '"f\\"g"', 'f"g', "h"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": "\\u0068idden"}',
+        '{"a": "\\u0068idden", "b": ' + "9" * 5000 + "}",
+        '{"a": "\\u0068idden", "cut o',
+        '{"a": "\\u0068idden", "deep": ' + "[" * 5000,
+        '{"a": "hi\\ud83ddd\\udc00en\\udfff"}',
+        '{"a": "hi\\ud83ddd\\udc00en\\udfff',
+    ],
+    ids=["json", "number", "cut off", "deep", "halves", "halves, cut off"],
+)
+def test_escapes_are_read_whatever_stands_around_them(text: str) -> None:
+    found = list(strings_in(text))
+    assert any("hidden" in one for one in found)
+    assert "".join(found).encode()
+
+
+@given(st.text(st.characters(exclude_categories=[])))
+def test_what_is_checked_can_be_sent(text: str) -> None:
+    [found] = strings_in(text.replace("\\", ""))
+    assert found.encode("utf-16", "surrogatepass").decode("utf-16") == found
+    assert found == text.replace("\\", "") or any(0xD800 <= ord(character) < 0xE000 for character in text)
 
 
 def test_deeply_nested_strings_are_found() -> None:
