@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import Literal
 
+from pydantic import TypeAdapter, ValidationError
+
 from gateway.answers import CONTENT, Event, Finish, Head, Part, Sent, Token, Unit, note_on, with_note
 from gateway.asked import Asked, Kind, Turn, check_length, encode_body, has_words, resolve_model
 from gateway.protocols import openai_fields
@@ -14,13 +16,14 @@ from gateway.protocols.openai_fields import AnswerHead, headed, token_text
 from gateway.protocols.parts import Count, UpstreamPart
 from gateway.protocols.request_fields import choices_asked, other_fields
 from gateway.settings import GatewaySettings
-from services.contracts.chat import Json, Usage
+from services.contracts.chat import Json, TokenCount, Usage
 from services.contracts.errors import RequestError
 
 PATH = STREAM_PATH = "/v1/completions"
 ID_PREFIX = "cmpl-"
 END = openai_fields.END
 error = openai_fields.error
+_TOKENS = TypeAdapter(TokenCount | None)
 
 
 def read(raw: Json, settings: GatewaySettings, system_prompt: str | None = None) -> Asked:
@@ -43,9 +46,15 @@ def read(raw: Json, settings: GatewaySettings, system_prompt: str | None = None)
         turns = (others, *turns)
     check_length(turns, "prompt", settings)
     body = options | {"model": model, "prompt": fields["prompt"], "stream": stream}
-    limit = fields.get("max_tokens")
-    answer_tokens = limit if isinstance(limit, int) and limit > 0 else None
-    return Asked(model, turns, prompts, encode_body(body), stream, choices_asked(fields) * len(prompts), answer_tokens)
+    choices = choices_asked(fields) * len(prompts)
+    return Asked(model, turns, prompts, encode_body(body), stream, choices, _answer_tokens(fields))
+
+
+def _answer_tokens(fields: Json) -> int | None:
+    try:
+        return _TOKENS.validate_python(fields.get("max_tokens")) or None
+    except ValidationError as error:
+        raise RequestError("max_tokens: has to be a number of tokens", param="max_tokens") from error
 
 
 def _prompts(prompt: object, settings: GatewaySettings) -> tuple[str, ...]:
