@@ -100,6 +100,13 @@ def test_alternatives_without_a_token_are_no_answer(stack: Stack, rows: int) -> 
     assert_no_answer(TGI, TGI.ask(stack))
 
 
+@streamed_or_not
+def test_text_in_the_place_of_a_calls_id_is_no_answer(stack: Stack, stream: bool) -> None:
+    place = ("choices", 0, "delta" if stream else "message", "tool_calls", 0, "id")
+    stack.answer(["Look. "], calls=[("find", ["{}"])], alter=put(*place, value=f"the {MARKER}"))
+    assert_no_answer(CHAT, CHAT.ask(stack, stream=stream))
+
+
 HALF = '{"q": "a\\ud800 river"}'
 
 
