@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import httpx
@@ -17,7 +18,7 @@ def put(*path: Any, value: Any) -> Callable[[Any], Any]:
     """Sets one value in whatever answers and events have its place."""
 
     def alter(said: Any) -> Any:
-        part = said
+        said = part = deepcopy(said)
         for name in path[:-1]:
             part = part[name] if isinstance(part, list) else part.get(name)
             if not part:
