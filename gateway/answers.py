@@ -1,7 +1,7 @@
 """What is answered, in one shape for every protocol: read from upstream, checked, and written for the client.
 
 Everything that leaves is built from these fields, so that a field which nobody checked cannot slip through from
-upstream. The few names among them have to look like names.
+upstream. Names and times are our own; of upstream's words only a hash of its weights and the ids of calls are kept.
 """
 
 import re
@@ -21,19 +21,29 @@ from services.contracts.errors import ErrorDetail, UpstreamUnavailable
 CONTENT = "content"  # the channel of the answer itself; others are reasoning, refusal and calls
 BLOCKED = "content_filter"
 REVISED = "stop"  # how a revision ends; TGI has a word of its own for it
-_NAME = re.compile(r"[A-Za-z0-9._:/@+-]{1,200}")
+_CALL_ID = re.compile(r"[A-Za-z0-9._:/@+-]{1,200}")
+_HASH = re.compile(r"(?:fp_)?[0-9a-f]{8,64}")
 
 
-def checked_name(name: str) -> str:
-    """An id or a name as the inference service gave it; raises UpstreamUnavailable when it is something else."""
-    if name and not _NAME.fullmatch(name):
-        raise UpstreamUnavailable("inference", "sent text where the id or name of an answer should be")
-    return name
+def checked_call_id(call_id: str) -> str:
+    """The id of a call as the inference service gave it; raises UpstreamUnavailable when it is something else."""
+    if call_id and not _CALL_ID.fullmatch(call_id):
+        raise UpstreamUnavailable("inference", "sent text where the id of a call should be")
+    return call_id
+
+
+def hash_or_none(text: str | None) -> str | None:
+    """What may be a hash, as it is; None for any other text, which nobody has checked."""
+    return text if text and _HASH.fullmatch(text) else None
 
 
 @dataclass(frozen=True)
 class Head:
-    """The fields that every part of one OpenAI answer repeats."""
+    """The fields that every part of one OpenAI answer repeats.
+
+    ``model`` is the name that was asked for. Which weights answered to it ``system_fingerprint`` says, where the
+    inference service tells it by a hash.
+    """
 
     id: str
     created: int
@@ -42,8 +52,13 @@ class Head:
 
     @classmethod
     def own(cls, prefix: str, model: str) -> "Head":
-        """For an answer that the inference service had no part in."""
+        """For a new answer."""
         return cls(f"{prefix}{uuid.uuid4().hex}", int(time.time()), model)
+
+    def by(self, fingerprint: str | None) -> "Head":
+        """The same, written by the weights with this fingerprint; nothing else than a hash is one."""
+        known = hash_or_none(fingerprint)
+        return replace(self, system_fingerprint=known) if known else self
 
 
 class Token(NamedTuple):
@@ -96,7 +111,7 @@ class Finish:
 class Event(NamedTuple):
     """What one event of a stream brings, or all of a whole answer."""
 
-    head: Head | None
+    head: Head
     parts: list[Part]
     finishes: dict[int, Finish]
     usage: Usage | None = None
@@ -168,9 +183,9 @@ def texts_to_check(parts: Iterable[Part]) -> Iterator[str]:
     """Every text that the parts would show."""
     for part in parts:
         yield part.text
-        if part.call and part.call.id:  # a name by its form, but some models write it
-            yield part.call.id
         if part.call:
+            if part.call.id:  # a name by its form, but some models write it
+                yield part.call.id
             meant = "\n".join(strings_in(part.call.arguments))
             if meant != part.call.arguments:
                 yield meant

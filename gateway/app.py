@@ -12,7 +12,7 @@ from gateway.api_docs import name_bodies
 from gateway.asked import wants_stream
 from gateway.console.app import console_routes
 from gateway.console.views import Views
-from gateway.models import find_model, list_models
+from gateway.models import describe_service, find_model, list_models
 from gateway.pipeline import Pipeline
 from gateway.policy_file import Route
 from gateway.protocols import Wire, chat, completions, tgi
@@ -20,7 +20,7 @@ from gateway.quotas import moderated_characters
 from gateway.readiness import Readiness
 from gateway.responses import EventStream, decision_header, error_response
 from gateway.settings import GatewaySettings
-from gateway.upstreams import INFERENCE, SAFETY, PassedOn, Upstreams
+from gateway.upstreams import SAFETY, PassedOn, Upstreams
 from services.common.api_docs import STREAM, error_responses, whole_or_stream
 from services.common.app import create_app, route_with_errors
 from services.common.connections import while_connected
@@ -46,7 +46,7 @@ def build_app(settings: GatewaySettings) -> FastAPI:
     if settings.console:
         app.include_router(console_routes(admission, Views(admission, upstreams, ready, settings)))
     app.include_router(_openai_routes(pipeline, admission, upstreams, settings))
-    app.include_router(_tgi_routes(pipeline, admission, upstreams))
+    app.include_router(_tgi_routes(pipeline, admission, upstreams, settings))
     document = app.openapi
     app.openapi = lambda: name_bodies(document())  # type: ignore[method-assign]  # FastAPI's way to extend it
     return app
@@ -92,12 +92,12 @@ def _openai_routes(
         visit = await admission.visit(request.headers, request.state.request_id, Route.MODERATIONS)
         async with admission.recorded(visit), admission.counted(visit, moderated_characters(body)):
             verdict = await upstreams.forward(SAFETY, "POST", "/v1/moderations", await request.body())
-        return _json(verdict, visit.headers)
+        return Response(verdict, headers=visit.headers, media_type="application/json")
 
     return router
 
 
-def _tgi_routes(pipeline: Pipeline, admission: Admission, upstreams: Upstreams) -> APIRouter:
+def _tgi_routes(pipeline: Pipeline, admission: Admission, upstreams: Upstreams, settings: GatewaySettings) -> APIRouter:
     in_tgis_words = route_with_errors(lambda error: error_response(error, tgi))
     errors = error_responses(401, 413, 422, 429, 503, body=TgiError)
     router = APIRouter(tags=["tgi"], route_class=in_tgis_words, responses=errors)
@@ -129,16 +129,12 @@ def _tgi_routes(pipeline: Pipeline, admission: Admission, upstreams: Upstreams) 
         return await whole(body, request, lambda answer: [answer])
 
     @router.get("/info", response_model=None)
-    async def info(request: Request) -> Response:
-        """What the inference service says of its model and limits."""
+    async def info(request: Request) -> Json:
+        """The served model and its limits."""
         await admission.visit(request.headers, request.state.request_id, Route.GENERATE)
-        return _json(await upstreams.forward(INFERENCE, "GET", "/info"))
+        return await describe_service(upstreams, settings)
 
     return router
-
-
-def _json(content: bytes, headers: dict[str, str] | None = None) -> Response:
-    return Response(content, headers=headers, media_type="application/json")
 
 
 async def _on_passed_on(request: Request, error: Exception) -> Response:

@@ -1,6 +1,7 @@
 """What is asked, in one shape for every protocol: the texts that are checked, and the body that goes upstream."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -24,6 +25,7 @@ _PROTOCOL_WORDS = {
 
 
 _BOOLEAN = TypeAdapter(bool)
+_ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
 
 
 class Kind(Enum):
@@ -86,7 +88,7 @@ def strings_in(*values: Any) -> Iterator[str]:
     while stack:
         value = stack.pop()
         if isinstance(value, str):
-            yield value
+            yield _without_half_characters(value)
             stack.append(_decoded(value))
         elif isinstance(value, dict):
             stack.extend(part for pair in reversed(value.items()) for part in reversed(pair))
@@ -98,9 +100,15 @@ def _decoded(text: str) -> Any:
     if "\\" not in text:
         return None
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):  # not JSON: it means what it says
-        return None
+        return json.loads(text, parse_int=float)  # which takes any number of digits
+    except (ValueError, RecursionError):  # cut off, too deep, or not JSON at all
+        meant = _ESCAPE.sub(lambda escape: chr(int(escape[1], 16)), text)
+        return None if meant == text else meant
+
+
+def _without_half_characters(text: str) -> str:
+    """The text with surrogate pairs put together and single ones left out: JSON can escape them, UTF-8 has none."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
 
 
 def given(*values: Any) -> Turn:

@@ -50,8 +50,10 @@ class Generation:
     def attributes(self) -> dict[str, Value]:
         """What a span says of the answer."""
         told: dict[str, Value] = {}
-        if self.head and self.head.model:
+        if self.head:
             told |= {"gen_ai.response.model": self.head.model, "gen_ai.response.id": self.head.id}
+            if self.head.system_fingerprint:
+                told["fedward.adapter_sha256"] = self.head.system_fingerprint
         if self.usage:
             told["gen_ai.usage.input_tokens"] = self.usage.prompt_tokens
             told["gen_ai.usage.output_tokens"] = self.usage.completion_tokens

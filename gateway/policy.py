@@ -5,7 +5,8 @@ The rule, in each direction by itself::
 
     found       the overall score reaches the overall threshold; without one, the classifier says unsafe
     category    its score reaches the category's own threshold; without one, the text is found and the score
-                reaches the threshold that found it, or 0.5 if that is lower
+                reaches the threshold that found it, or 0.5 if that is lower. To a category that the classifier
+                did not judge, its own threshold is applied with the overall score: no kind of harm is likelier
     decision    the worst of the actions that apply: that of the direction if the text is found, and that of
                 every category over its limit
 
@@ -212,24 +213,47 @@ def decide(verdicts: Sequence[Verdict], direction: Direction, policy: Policy) ->
     A text of which a part has no verdict can only be refused: redacting would let that part out.
 
     Raises:
-        UpstreamUnavailable: a part has no verdict and no other part is unsafe, so that nothing can be decided. In
-            shadow mode also beside an unsafe part: it lifts decisions, not the need for a verdict.
+        UpstreamUnavailable: a part has no verdict, or not the score that a threshold of the policy is for, and no other
+            part is unsafe, so that nothing can be decided. In shadow mode also beside an unsafe part: it lifts
+            decisions, not the need for a verdict.
     """
     part = policy.towards(direction)
     findings = [finding for verdict in verdicts for finding in _findings(verdict, part)]
-    unscored = not verdicts or any(verdict.outcome is Outcome.UNSCORED for verdict in verdicts)
-    if unscored and (policy.shadow or not findings):
-        raise UpstreamUnavailable("safety", f"gave no verdict on the {direction}, so it cannot be let through")
+    lacking = [what for verdict in verdicts if (what := _lacking(verdict, part))] if verdicts else ["no verdict"]
+    if lacking and (policy.shadow or not findings):
+        raise UpstreamUnavailable("safety", f"gave {lacking[0]} on the {direction}, so it cannot be let through")
     if not findings:
         return Decision(Action.ALLOW, direction)
-    action = Action.REFUSE if unscored else max((f.action for f in findings), key=_MILDEST_FIRST.index)
+    action = Action.REFUSE if lacking else max((f.action for f in findings), key=_MILDEST_FIRST.index)
     named = tuple(dict.fromkeys(f.category for f in sorted(findings, key=_by_score) if f.category))
     decision = Decision(action, direction, named or _likeliest(verdicts, part))
     return replace(decision, action=Action.ALLOW, shadowed=action) if policy.shadow else decision
 
 
+def _lacking(verdict: Verdict, part: DirectionPolicy) -> str | None:
+    """What the policy needs to know and the verdict does not tell; any score will do for a threshold."""
+    if verdict.outcome is Outcome.UNSCORED:
+        return "no verdict"
+    if verdict.score is not None:
+        return None
+    if unjudged := _unjudged(verdict, part):
+        return f"no score for {', '.join(unjudged)}, which the policy has a threshold for,"
+    if part.threshold is not None and verdict.outcome is Outcome.SAFE:
+        return "no score, which the policy has a threshold for,"
+    return None
+
+
+def _unjudged(verdict: Verdict, part: DirectionPolicy) -> dict[HazardCategory, float]:
+    """The own thresholds of those categories that the verdict has no score for."""
+    return {
+        category: own.threshold
+        for category, own in part.categories.items()
+        if own.threshold is not None and category not in verdict.categories
+    }
+
+
 class _Finding(NamedTuple):
-    """One condition that a verdict fulfils; ``category`` is None for the overall one."""
+    """One condition that a verdict fulfils; ``category`` is None where it is the overall score that does."""
 
     action: Action
     category: str | None = None
@@ -253,6 +277,9 @@ def _findings(verdict: Verdict, part: DirectionPolicy) -> list[_Finding]:
             limit = LIKELY if overall is None else min(LIKELY, overall)
         if limit is not None and score >= limit:
             findings.append(_Finding(own.action or part.action, category, score))
+    for category, limit in _unjudged(verdict, part).items():
+        if verdict.score is not None and verdict.score >= limit:
+            findings.append(_Finding(_category_policy(part, category).action or part.action))
     return findings
 
 

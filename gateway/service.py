@@ -81,7 +81,7 @@ class Service:
     async def read(self, response: httpx.Response) -> bytes:
         """The whole body; raises UpstreamUnavailable when it is larger than any proper answer."""
         pieces, size = [], 0
-        async for piece in response.aiter_bytes():
+        async for piece in response.aiter_raw():
             pieces.append(piece)
             size += len(piece)
             if size > BODY_LIMIT:
@@ -93,7 +93,8 @@ class Service:
     ) -> httpx.Request:
         if path not in self._urls:
             self._urls[path] = httpx.URL(self._base + path)
-        sent = {"content-type": "application/json", **headers}
+        # Nothing compressed is taken: a small body could become a huge one in memory.
+        sent = {"content-type": "application/json", "accept-encoding": "identity", **headers}
         if request_id := REQUEST_ID.get():
             sent["x-request-id"] = request_id  # for its log; and a canary that has answered it answers it again
         timeout = {"connect": self._connect_seconds, "read": patience_seconds}

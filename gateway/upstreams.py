@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import httpx
 from pydantic import ValidationError
 
-from gateway.answers import Event, Head, checked_name
+from gateway.answers import Event, Head
 from gateway.asked import Asked
 from gateway.generations import generation
 from gateway.metrics import CHECK_SECONDS
@@ -171,7 +171,7 @@ class Upstreams:
             ):
                 await _require_success(service, response)
                 body = await service.read(response)
-            event = _headed(wire.read_whole(body), _adapter_of(response))
+            event = wire.read_whole(body, _head(wire, asked, response))
             told.take(event)
             return event
 
@@ -188,12 +188,12 @@ class Upstreams:
                 "POST", path, asked.content, patience_seconds=patience, headers=told.headers
             ) as response:
                 await _require_success(service, response)
-                adapter = _adapter_of(response)
-                async for piece in response.aiter_bytes():
+                head = _head(wire, asked, response)
+                async for piece in response.aiter_raw():
                     for data in parser.feed(piece):
                         if data == DONE:
                             return
-                        event = _headed(wire.read_event(data), adapter)
+                        event = wire.read_event(data, head)
                         service.breaker.answering()
                         told.take(event)
                         yield event
@@ -240,14 +240,9 @@ def _detail(body: bytes) -> ErrorDetail | None:
     return None
 
 
-def _adapter_of(response: httpx.Response) -> Head | None:
-    """Who writes, where only a header says so: answers of TGI's protocol have no names in them."""
-    sha256 = checked_name(response.headers.get(ADAPTER_HEADER, ""))
-    return Head("", 0, "", sha256) if sha256 else None
-
-
-def _headed(event: Event, adapter: Head | None) -> Event:
-    return event if event.head or not adapter else event._replace(head=adapter)
+def _head(wire: Wire, asked: Asked, response: httpx.Response) -> Head:
+    """The answer's head; that of TGI's protocol tells by an HTTP header alone who writes."""
+    return Head.own(wire.ID_PREFIX, asked.model).by(response.headers.get(ADAPTER_HEADER))
 
 
 @contextmanager

@@ -39,8 +39,8 @@ class ClientUpdate:
 
     @property
     def num_tokens(self) -> int:
-        """How many answer tokens the client trained on: its weight in the average."""
-        return int(self.metrics["num-tokens"])
+        """How many answer tokens the client trained on: its weight in the average; 1 when it does not tell."""
+        return int(self.metrics.get("num-tokens", 1))
 
     def counts_only(self) -> Self:
         """This update without its arrays, which are not kept once they are part of the aggregate."""
@@ -76,9 +76,13 @@ class RunningMean:
 
     def mean(self) -> Arrays:
         """The mean as float32; raises ValueError when nothing was added."""
+        return {name: array.astype(np.float32) for name, array in self.unrounded_mean().items()}
+
+    def unrounded_mean(self) -> Arrays:
+        """The mean as float64; raises ValueError when nothing was added."""
         if not self.weight:
             raise ValueError("there is no mean of nothing")
-        return {name: ((high + self._low[name]) / self.weight).astype(np.float32) for name, high in self._high.items()}
+        return {name: (high + self._low[name]) / self.weight for name, high in self._high.items()}
 
 
 def check_update(
@@ -103,7 +107,7 @@ def check_update(
     for key, value in update.metrics.items():
         if not (math.isfinite(value) and value >= 0):
             raise AdapterError(f"{where}: {key} is {value:g}, which is not a number from 0 up")
-    tokens = update.metrics["num-tokens"]
+    tokens = update.metrics.get("num-tokens", 1)
     if tokens != int(tokens) or not 1 <= tokens <= max_tokens:
         raise AdapterError(f"{where}: num-tokens is {tokens:g}, which is not a whole number from 1 to {max_tokens}")
     check_arrays(where, update.arrays, reference)

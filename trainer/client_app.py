@@ -34,6 +34,8 @@ from trainer.config import RunConfig, parse_run_config
 from trainer.curation import CuratedShard, curate_once
 from trainer.local_training import Order, train_locally
 from trainer.model import load_trainee
+from trainer.privacy import release_update
+from trainer.privacy_budget import RELEASES, require_within_limit
 from trainer.shards import Pair, client_shard
 
 log = logging.getLogger("flwr")
@@ -90,14 +92,19 @@ def train_round(content: RecordDict, config: RunConfig, client_id: int) -> Recor
     dataset = encode_once(curated.pairs if curated else pairs, trainee.tokenizer, config.max_length)
     if not dataset.examples:
         raise DataError(f"shard {client_id}: no pair is left to train on ({len(pairs)} before curation)")
+    asked = Order(int(order["round"]), int(order["last-counted"]))  # type: ignore[arg-type]  # the coordinator sends numbers
+    if config.dp == "central":  # the coordinator adds the noise; a silo with a limit of its own holds to that
+        require_within_limit(config, asked.round_number, asked.round_number)
+    folder = client_folder(config, client_id)
+    received = {name: array.numpy() for name, array in content.array_records["arrays"].items()}
     result, arrays = train_locally(
         trainee,
-        {name: array.numpy() for name, array in content.array_records["arrays"].items()},
+        received,
         dataset,
         config,
-        Order(int(order["round"]), int(order["last-counted"])),  # type: ignore[arg-type]  # the coordinator sends numbers
+        asked,
         seed=training_seed(config, client_id, order["round"]),
-        folder=client_folder(config, client_id),
+        folder=folder,
     )
     counts: dict[str, MetricRecordValues] = {
         "num-tokens": result.num_tokens,
@@ -106,9 +113,13 @@ def train_round(content: RecordDict, config: RunConfig, client_id: int) -> Recor
         "skipped": dataset.skipped,
         "train-seconds": time.perf_counter() - started,
     }
-    reply = RecordDict({"arrays": ArrayRecord({name: Array(array) for name, array in arrays.items()})})
     if curated:
         counts |= {f"curation-{name}": number for name, number in curated.report.model_dump().items()}
+    if config.dp == "local":  # exact counts would tell what the noise hides
+        arrays, releases = release_update(arrays, received, config, folder, asked.round_number)
+        counts = {RELEASES: releases}
+    reply = RecordDict({"arrays": ArrayRecord({name: Array(array) for name, array in arrays.items()})})
+    if curated:
         reply["filter"] = ConfigRecord(
             {"model-id": curated.filter_model_id, "model-sha256": curated.filter_model_sha256}
         )

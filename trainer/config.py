@@ -23,12 +23,12 @@ OptionalText = Annotated[str | None, BeforeValidator(lambda value: None if value
 
 # A silo decides these for itself (`flower-supernode --node-config`): where its data lies and who may see it.
 DATA_KEYS = ("shard-data", "safety-url", "critique-url", "client-dir")
-SILO_KEYS = (*DATA_KEYS, "base-model", "client-rank")
+SILO_KEYS = (*DATA_KEYS, "base-model", "client-rank", "dp-delta", "dp-max-epsilon")
 # These may change between a run and its continuation: they do not change what a finished round means.
 OPERATIONAL_FIELDS = {
     "run_dir", "client_dir", "resume", "rounds", "safety_url", "critique_url", "coordinator_critique_url",
     "inference_url", "service_timeout_seconds", "round_timeout_seconds", "lost_node_seconds", "min_filter_recall",
-    "client_rank",
+    "client_rank", "dp_max_epsilon",
 }  # fmt: skip
 
 MAX_OWN_PAIRS = 10_000_000
@@ -42,6 +42,8 @@ SERVER_RATES = {"fedavgm": 1.0, "scaffold": 1.0, "fedadam": 1e-3, "fedyogi": 1e-
 B_ONLY = ("ffa-lora", "fedsvd")  # clients train B and leave A as it is
 RESIDUAL = ("fedex-lora", "flora")  # the last residual-rank components are not trained by clients
 SEVERAL_RANKS = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "flexlora")
+# Their aggregate is a function of the mean of the clients' changes, which clipping bounds.
+PRIVATE = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "ffa-lora", "fedsvd")
 # Fewer updates than (this) * malicious-clients + (that) give a robust rule no guarantee.
 ROBUST_NEEDS = {"median": (2, 1), "trimmed-mean": (2, 1), "krum": (2, 3), "multikrum": (2, 3), "bulyan": (4, 3)}
 
@@ -131,6 +133,15 @@ class RunConfig(BaseModel):
     critique_url: OptionalText = Field(description="the critique service of the client's own silo")
     service_timeout_seconds: float = Field(gt=0)
 
+    dp: Literal["off", "central", "local"] = Field(
+        description="differential privacy for each client: noise on the mean, or on each update before it is sent"
+    )
+    dp_clipping_norm: float = Field(gt=0, description="a longer change (Euclidean norm) is shortened to this")
+    dp_noise_multiplier: float = Field(gt=0, description="the noise's standard deviation, in clipping norms")
+    dp_delta: float = Field(gt=0, lt=1, description="the delta at which epsilon is reported")
+    dp_max_epsilon: float = Field(ge=0, description="nothing is released that would spend more; 0: no limit")
+    secure_aggregation: bool = Field(description="always refused, with the reason: docs/adr/0010-privacy.md")
+
     screening: Literal["off", "report", "down-weight", "drop"] = Field(
         description="what to do with updates that would make the model less safe"
     )
@@ -213,6 +224,58 @@ class RunConfig(BaseModel):
                 "send something else"
             )
         return self
+
+    @model_validator(mode="after")
+    def _privacy_holds(self) -> Self:
+        if self.dp == "off":
+            if self.dp_max_epsilon:
+                raise ValueError(f"dp-max-epsilon={self.dp_max_epsilon:g} needs dp=central or dp=local")
+            return self
+        chosen = f"dp={self.dp}"
+        if self.strategy not in PRIVATE:
+            raise ValueError(
+                f"{chosen} with strategy={self.strategy}: clipping bounds what a client can change in a mean of "
+                f"changes, and in nothing else; choose one of {', '.join(PRIVATE)} (best ffa-lora)"
+            )
+        if self.client_rank not in (0, self.lora_rank):
+            raise ValueError(
+                f"{chosen} needs one rank everywhere: a lower client-rank makes changes that are not bounded"
+            )
+        if self.screening in ("down-weight", "drop"):
+            raise ValueError(
+                f"{chosen} with screening={self.screening}: which updates count would depend on the data, and no noise "
+                "covers that; choose one of the two (screening=report changes nothing)"
+            )
+        if self.dp == "central" and self.max_update_norm:
+            raise ValueError(
+                f"{chosen} clips long updates at dp-clipping-norm; max-update-norm would refuse them first"
+            )
+        if self.dp_delta * self.num_clients >= 1:
+            raise ValueError(
+                f"dp-delta={self.dp_delta} allows to publish a client's data outright: it has to be well below "
+                f"1 / num-clients ({1 / self.num_clients:.4g})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _no_secure_aggregation(self) -> Self:
+        if not self.secure_aggregation:
+            return self
+        reads = {
+            f"screening={self.screening}": self.screening != "off",
+            f"strategy={self.strategy}": self.strategy in ROBUST_NEEDS,
+            "dp=central": self.dp == "central",
+            "max-update-norm": self.max_update_norm > 0,
+        }
+        if readers := [key for key, on in reads.items() if on]:
+            raise ValueError(
+                f"secure-aggregation hides each client's update from the coordinator, and {', '.join(readers)} "
+                "read it there: they exclude each other"
+            )
+        raise ValueError(
+            "secure-aggregation: Flower has SecAgg+ for its legacy apps only, and draws its masks from 32-bit seeds; "
+            "dp=local hides an update in noise before it leaves its silo"
+        )
 
     @model_validator(mode="after")
     def _ranks_fit_the_strategy(self) -> Self:

@@ -8,7 +8,9 @@ from pydantic import BaseModel, computed_field
 
 from services.contracts.errors import FedwardError
 from trainer.aggregation import ClientUpdate, mean_by_tokens
+from trainer.config import RunConfig
 from trainer.curation import CurationReport
+from trainer.privacy_budget import RELEASES, PrivacySpent
 
 # The counts that a client sends with its adapter, by name; the second group only in an arm with the filter.
 TRAINING_COUNTS = ("num-tokens", "loss", "steps", "skipped", "train-seconds")
@@ -60,7 +62,7 @@ class RoundRecord(BaseModel):
 
     The bytes are the sizes of the adapters' arrays, without Flower's envelope: to the sampled clients and from the
     accepted ones. ``strategy_metrics`` are the strategy's own figures, such as ``truncation-error``; the hash is of
-    what it keeps for the next round.
+    what it keeps for the next round. Clients under local privacy tell neither loss nor counts.
     """
 
     round_number: int
@@ -71,7 +73,7 @@ class RoundRecord(BaseModel):
     accepted: list[int]
     rejected: dict[int, str]
     late: list[int] = []
-    loss: float
+    loss: float | None
     client_losses: dict[int, float]
     client_tokens: dict[int, int]
     client_seconds: dict[int, float] = {}
@@ -80,6 +82,7 @@ class RoundRecord(BaseModel):
     curation_precision: float | None = None
     curation_recall: float | None = None
     screening: list[Screened] = []
+    privacy: PrivacySpent | None = None
     cai: ConstitutionalReport | None = None
     filter_model_id: str | None = None
     filter_model_sha256: str | None = None
@@ -104,6 +107,7 @@ class RunResult(BaseModel):
     rounds: int = 0
     adapter: str | None = None
     adapter_sha256: str | None = None
+    privacy: PrivacySpent | None = None
 
 
 class Clock:
@@ -120,14 +124,22 @@ class Clock:
         self._last = now
 
 
+def expected_counts(config: RunConfig) -> tuple[str, ...]:
+    """The counts that every client has to send, no more and no fewer."""
+    if config.dp == "local":
+        return (RELEASES,)
+    return TRAINING_COUNTS + (CURATION_COUNTS if config.arm.filters else ())
+
+
 def training_counts(accepted: Sequence[ClientUpdate]) -> dict[str, Any]:
     """The round record's fields on local training."""
+    told = [update for update in accepted if "loss" in update.metrics]  # all, or under local privacy none
     return {
         "accepted": [update.client_id for update in accepted],
-        "loss": mean_by_tokens(accepted, "loss"),
-        "client_losses": {update.client_id: update.metrics["loss"] for update in accepted},
-        "client_tokens": {update.client_id: update.num_tokens for update in accepted},
-        "client_seconds": {update.client_id: round(update.metrics["train-seconds"], 3) for update in accepted},
+        "loss": mean_by_tokens(told, "loss") if told else None,
+        "client_losses": {update.client_id: update.metrics["loss"] for update in told},
+        "client_tokens": {update.client_id: update.num_tokens for update in told},
+        "client_seconds": {update.client_id: round(update.metrics["train-seconds"], 3) for update in told},
     }
 
 
@@ -141,17 +153,18 @@ def filter_models(accepted: Sequence[ClientUpdate]) -> dict[str, Any]:
 
 
 def curation_reports(accepted: Sequence[ClientUpdate]) -> dict[int, CurationReport]:
-    """Each client's curation, from the counts that it sent."""
+    """Each client's curation, from the counts that it sent; none in an arm without the filter."""
     return {
         update.client_id: CurationReport(
             **{name.removeprefix("curation-"): int(update.metrics[name]) for name in CURATION_COUNTS}
         )
         for update in accepted
+        if CURATION_COUNTS[0] in update.metrics
     }
 
 
 def curation_counts(reports: Mapping[int, CurationReport]) -> dict[str, Any]:
-    """The round record's fields on curation; none in an arm without the filter."""
+    """The round record's fields on curation; none without reports."""
     if not reports:
         return {}
     total = sum(reports.values(), start=CurationReport())
@@ -163,8 +176,15 @@ def curation_counts(reports: Mapping[int, CurationReport]) -> dict[str, Any]:
     }
 
 
-def data_counts(accepted: Sequence[ClientUpdate], reports: Mapping[int, CurationReport]) -> dict[str, int]:
-    """The manifest's counts of what an adapter was trained on, in this round."""
+def data_counts(
+    accepted: Sequence[ClientUpdate], reports: Mapping[int, CurationReport], *, private: bool = False
+) -> dict[str, int]:
+    """The manifest's counts of what an adapter was trained on, in this round.
+
+    A ``private`` manifest tells the number of clients only: exact counts would leave with the adapter, without noise.
+    """
+    if private:
+        return {"clients": len(accepted)}
     trained = {"clients": len(accepted), "answer_tokens": sum(update.num_tokens for update in accepted)}
     return trained | (sum(reports.values(), start=CurationReport()).model_dump() if reports else {})
 

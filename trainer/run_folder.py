@@ -5,6 +5,7 @@
     <run-dir>/config.json            the configuration that the rounds belong to
     <run-dir>/adapters/round-N/      the adapter after round N; round 0 is the starting point
     <run-dir>/strategy/round-N       what the strategy keeps for the next round, such as a momentum, if anything
+    <run-dir>/releases.jsonl         one line per noised aggregate, written before it is made (``trainer.privacy``)
     <run-dir>/rounds.jsonl           one line per finished round, written after its adapter
     <run-dir>/cai/round-N.jsonl      what the constitutional stage did, prompt by prompt
     <run-dir>/result.json            how the last attempt ended
@@ -29,6 +30,7 @@ from services.contracts.errors import AdapterError, ConfigError
 from trainer.aggregation import Arrays
 from trainer.config import RunConfig
 from trainer.files import append_line, make_dir, remove_partial, write_atomically, writing
+from trainer.privacy_budget import PrivacySpent
 from trainer.records import RoundRecord, RunResult
 from trainer.registry import read_adapter, write_adapter
 
@@ -84,6 +86,11 @@ class RunFolder:
     def finished(self) -> int:
         """How many rounds are done."""
         return len(self.rounds)
+
+    @property
+    def privacy_spent(self) -> PrivacySpent | None:
+        """What the finished rounds have spent; None before the first, or without differential privacy."""
+        return self.rounds[-1].privacy if self.rounds else None
 
     def adapter_dir(self, round_number: int) -> Path:
         """Where the adapter of a round is."""

@@ -16,7 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Message
 from flwr.serverapp import Grid, ServerApp
 
 from services.contracts.errors import AdapterError, ConfigError
-from trainer import constitutional, screening
+from trainer import constitutional, privacy_budget, screening
 from trainer.aggregation import (
     Arrays,
     ClientUpdate,
@@ -29,14 +29,13 @@ from trainer.config import RunConfig, parse_run_config
 from trainer.exchange import Fleet, content_of
 from trainer.model import Trainee, adapter_config_json, load_trainee
 from trainer.records import (
-    CURATION_COUNTS,
-    TRAINING_COUNTS,
     Clock,
     RoundRecord,
     RunResult,
     curation_counts,
     curation_reports,
     data_counts,
+    expected_counts,
     failure,
     filter_models,
     training_counts,
@@ -113,6 +112,7 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
         for reason in rejected.values():
             log.warning("round %d: left out: %s", round_number, reason)
         require_enough(accepted, rejected, config.min_clients)
+        spent = privacy_budget.spend(config, folder.path, round_number, accepted, folder.privacy_spent)
         adapter = strategy.finish()
         clock.lap("aggregate")
 
@@ -124,9 +124,9 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
             clock.lap("cai")
 
         # 4. Register the adapter, then note the round as finished.
-        curation = curation_reports(accepted) if config.arm.filters else {}
+        curation = curation_reports(accepted)
         filters = filter_models(accepted)
-        provenance |= {"data_counts": data_counts(accepted, curation), **filters}
+        provenance |= {"data_counts": data_counts(accepted, curation, private=config.dp != "off"), **filters}
         manifest = folder.write_adapter(round_number, adapter, adapter_config_json(trainee), provenance)
         record = RoundRecord(
             round_number=round_number,
@@ -137,6 +137,7 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
             rejected=rejected,
             screening=screened,
             late=fleet.count_late(),
+            privacy=spent,
             cai=cai,
             seconds=sum(clock.laps.values()),
             seconds_by_phase=clock.laps,
@@ -148,13 +149,17 @@ def train_federation(grid: Grid, config: RunConfig) -> None:
         )
         folder.finish_round(record)
         report_progress(record, config, len(sampled))
-    folder.write_result(
-        RunResult(
-            status="completed",
-            rounds=folder.finished,
-            adapter=str(folder.adapter_dir(folder.finished)),
-            adapter_sha256=folder.rounds[-1].adapter_sha256,
-        )
+    folder.write_result(completed(folder))
+
+
+def completed(folder: RunFolder) -> RunResult:
+    """The result of a run whose rounds are all finished."""
+    return RunResult(
+        status="completed",
+        rounds=folder.finished,
+        adapter=str(folder.adapter_dir(folder.finished)),
+        adapter_sha256=folder.rounds[-1].adapter_sha256,
+        privacy=folder.privacy_spent,
     )
 
 
@@ -206,7 +211,7 @@ def collect_updates(
     """
     arrays = ArrayRecord({name: Array(array) for name, array in sent.items()})
     contents = {node: RecordDict({"arrays": arrays, "config": order}) for node, order in orders.items()}
-    expected = TRAINING_COUNTS + (CURATION_COUNTS if config.arm.filters else ())
+    expected = expected_counts(config)
     accepted, rejected, bytes_up = [], {}, 0
     for node, reply in fleet.ask(contents, MessageType.TRAIN):
         try:
@@ -253,7 +258,12 @@ def filter_model_of(content: RecordDict) -> tuple[str, str] | None:
 def report_progress(record: RoundRecord, config: RunConfig, sampled: int) -> None:
     """One line a round, with an estimate of the time left."""
     log.info(
-        "round %d/%d [%s]: %d of %d clients, loss %.3f, %.1f s, about %.0f s left",
-        record.round_number, config.rounds, config.arm.value, len(record.accepted), sampled, record.loss,
+        "round %d/%d [%s]: %d of %d clients, loss %s, %.1f s, about %.0f s left",
+        record.round_number, config.rounds, config.arm.value, len(record.accepted), sampled,
+        "not told" if record.loss is None else f"{record.loss:.3f}",
         record.seconds, record.seconds * (config.rounds - record.round_number),
     )  # fmt: skip
+    if spent := record.privacy:
+        log.info(
+            "%s privacy: epsilon %.3g at delta %g, %d releases", spent.dp, spent.epsilon, spent.delta, spent.releases
+        )

@@ -37,10 +37,10 @@ class Wire(Protocol):
         ``system_prompt`` is the operator's, put before the conversation where the protocol has conversations.
         """
 
-    def read_whole(self, body: bytes) -> Event:
-        """A whole answer from upstream."""
+    def read_whole(self, body: bytes, head: Head) -> Event:
+        """A whole answer from upstream, to leave under ``head``."""
 
-    def read_event(self, data: str) -> Event:
+    def read_event(self, data: str, head: Head) -> Event:
         """One event of a streamed answer from upstream."""
 
     def whole(self, asked: Asked, head: Head, units: list[Unit], usage: Usage) -> Json:

@@ -6,7 +6,7 @@ Source: OpenAI API reference (chat completions); ``reasoning`` and ``reasoning_c
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from gateway.answers import (
     CONTENT,
@@ -18,7 +18,7 @@ from gateway.answers import (
     Sent,
     Token,
     Unit,
-    checked_name,
+    checked_call_id,
     note_on,
     with_note,
 )
@@ -34,7 +34,9 @@ from gateway.asked import (
     resolve_model,
 )
 from gateway.protocols import openai_fields
-from gateway.protocols.openai_fields import AnswerHead, choices_asked, headed, other_fields, token_text
+from gateway.protocols.openai_fields import AnswerHead, headed, token_text
+from gateway.protocols.parts import Count, UpstreamPart
+from gateway.protocols.request_fields import choices_asked, other_fields
 from gateway.settings import GatewaySettings
 from services.contracts.chat import ChatMessage, ChatRequest, Json, Usage
 from services.contracts.constitution import describe
@@ -123,18 +125,18 @@ def _part_text(place: str, part: Any) -> str:
     raise RequestError(f"{place}: {named} not supported, since nothing can check them; send text parts", param=place)
 
 
-class _Function(BaseModel):
+class _Function(UpstreamPart):
     name: str | None = None
     arguments: str | None = None
 
 
-class _ToolCall(BaseModel):
-    index: int | None = None
+class _ToolCall(UpstreamPart):
+    index: Count | None = None
     id: str | None = None
     function: _Function
 
 
-class _Said(BaseModel):
+class _Said(UpstreamPart):
     """A message, or what an event adds to it."""
 
     content: str | None = None
@@ -145,7 +147,7 @@ class _Said(BaseModel):
     function_call: _Function | None = None
 
 
-class _Candidate(BaseModel):
+class _Candidate(UpstreamPart):
     token: str
     logprob: float
     bytes: list[int] | None = None
@@ -160,19 +162,19 @@ class _Candidate(BaseModel):
 
 
 class _Token(_Candidate):
-    top_logprobs: list[_Candidate] = []
+    top_logprobs: tuple[_Candidate, ...] = ()
 
     def read(self) -> Token:
         shape = self.shape() | {"top_logprobs": [candidate.shape() for candidate in self.top_logprobs]}
         return Token(shape, (self.text(), *(candidate.text() for candidate in self.top_logprobs)))
 
 
-class _Logprobs(BaseModel):
+class _Logprobs(UpstreamPart):
     content: list[_Token] | None = None
 
 
-class _Choice(BaseModel):
-    index: int = 0
+class _Choice(UpstreamPart):
+    index: Count = 0
     message: _Said | None = None
     delta: _Said | None = None
     finish_reason: Literal["stop", "length", "content_filter", "tool_calls", "function_call"] | None = None
@@ -199,20 +201,20 @@ class _Answer(AnswerHead):
 
 
 def _call(function: _Function, position: int | None, call_id: str | None) -> Call:
-    return Call(position, checked_name(call_id or ""), function.name or "", function.arguments or "")
+    return Call(position, checked_call_id(call_id or ""), function.name or "", function.arguments or "")
 
 
-def read_whole(body: bytes | str) -> Event:
+def read_whole(body: bytes | str, head: Head) -> Event:
     """A whole answer."""
     answer = _Answer.model_validate_json(body)
     parts = [part for choice in answer.choices for part in choice.parts()]
     finishes = {choice.index: Finish(choice.finish_reason) for choice in answer.choices if choice.finish_reason}
-    return Event(answer.head(), parts, finishes, answer.usage)
+    return Event(head.by(answer.system_fingerprint), parts, finishes, answer.usage)
 
 
-def read_event(data: str) -> Event:
+def read_event(data: str, head: Head) -> Event:
     """One event of a stream: it has the fields of a whole answer."""
-    return read_whole(data)
+    return read_whole(data, head)
 
 
 def whole(asked: Asked, head: Head, units: list[Unit], usage: Usage) -> Json:

@@ -7,20 +7,23 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import TypeAdapter, ValidationError
 
 from gateway.answers import CONTENT, Event, Finish, Head, Part, Sent, Token, Unit, note_on, with_note
 from gateway.asked import Asked, Kind, Turn, check_length, encode_body, has_words, resolve_model
 from gateway.protocols import openai_fields
-from gateway.protocols.openai_fields import AnswerHead, choices_asked, headed, other_fields, token_text
+from gateway.protocols.openai_fields import AnswerHead, headed, token_text
+from gateway.protocols.parts import Count, UpstreamPart
+from gateway.protocols.request_fields import choices_asked, other_fields
 from gateway.settings import GatewaySettings
-from services.contracts.chat import Json, Usage
+from services.contracts.chat import Json, TokenCount, Usage
 from services.contracts.errors import RequestError
 
 PATH = STREAM_PATH = "/v1/completions"
 ID_PREFIX = "cmpl-"
 END = openai_fields.END
 error = openai_fields.error
+_TOKENS = TypeAdapter(TokenCount | None)
 
 
 def read(raw: Json, settings: GatewaySettings, system_prompt: str | None = None) -> Asked:
@@ -43,9 +46,15 @@ def read(raw: Json, settings: GatewaySettings, system_prompt: str | None = None)
         turns = (others, *turns)
     check_length(turns, "prompt", settings)
     body = options | {"model": model, "prompt": fields["prompt"], "stream": stream}
-    limit = fields.get("max_tokens")
-    answer_tokens = limit if isinstance(limit, int) and limit > 0 else None
-    return Asked(model, turns, prompts, encode_body(body), stream, choices_asked(fields) * len(prompts), answer_tokens)
+    choices = choices_asked(fields) * len(prompts)
+    return Asked(model, turns, prompts, encode_body(body), stream, choices, _answer_tokens(fields))
+
+
+def _answer_tokens(fields: Json) -> int | None:
+    try:
+        return _TOKENS.validate_python(fields.get("max_tokens")) or None
+    except ValidationError as error:
+        raise RequestError("max_tokens: has to be a number of tokens", param="max_tokens") from error
 
 
 def _prompts(prompt: object, settings: GatewaySettings) -> tuple[str, ...]:
@@ -59,13 +68,13 @@ def _prompts(prompt: object, settings: GatewaySettings) -> tuple[str, ...]:
     return tuple(prompts)
 
 
-class _Logprobs(BaseModel):
+class _Logprobs(UpstreamPart):
     """A column for each thing that is told about the tokens."""
 
-    tokens: list[str] = []
+    tokens: tuple[str, ...] = ()
     token_logprobs: list[float | None] | None = None
     top_logprobs: list[dict[str, float] | None] | None = None
-    text_offset: list[int] | None = None
+    text_offset: list[Count] | None = None
 
     def rows(self) -> Iterator[Token]:
         columns = (self.token_logprobs or (), self.top_logprobs or (), self.text_offset or ())
@@ -74,8 +83,8 @@ class _Logprobs(BaseModel):
             yield Token(shape, tuple(token_text(name) for name in (token or "", *(top or ()))))
 
 
-class _Choice(BaseModel):
-    index: int = 0
+class _Choice(UpstreamPart):
+    index: Count = 0
     text: str = ""
     logprobs: _Logprobs | None = None
     finish_reason: Literal["stop", "length", "content_filter"] | None = None
@@ -87,7 +96,7 @@ class _Answer(AnswerHead):
     choices: list[_Choice]
 
 
-def read_whole(body: bytes | str) -> Event:
+def read_whole(body: bytes | str, head: Head) -> Event:
     """A whole answer."""
     answer = _Answer.model_validate_json(body)
     parts = []
@@ -96,12 +105,12 @@ def read_whole(body: bytes | str) -> Event:
         if choice.text or tokens:
             parts.append(Part(choice.index, CONTENT, choice.text, tokens))
     finishes = {choice.index: Finish(choice.finish_reason) for choice in answer.choices if choice.finish_reason}
-    return Event(answer.head(), parts, finishes, answer.usage)
+    return Event(head.by(answer.system_fingerprint), parts, finishes, answer.usage)
 
 
-def read_event(data: str) -> Event:
+def read_event(data: str, head: Head) -> Event:
     """One event of a stream: it has the fields of a whole answer."""
-    return read_whole(data)
+    return read_whole(data, head)
 
 
 def whole(asked: Asked, head: Head, units: list[Unit], usage: Usage) -> Json:

@@ -9,13 +9,14 @@ Source: TGI 3.3 ``docs/openapi.json``. Two things TGI has no word for:
 """
 
 from itertools import zip_longest
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError, model_validator
 
 from gateway.answers import CONTENT, REVISED, Event, Finish, Head, Part, Sent, Token, Unit, note_on, with_note
 from gateway.asked import Asked, Kind, Turn, check_length, encode_body, has_words, resolve_model
-from gateway.protocols.openai_fields import text_given
+from gateway.protocols.parts import Count, UpstreamPart
+from gateway.protocols.request_fields import other_fields
 from gateway.settings import GatewaySettings
 from gateway.upstreams import status_of
 from services.contracts.chat import GenerateRequest, Json, TgiError, Usage
@@ -31,7 +32,7 @@ def read(raw: Json, settings: GatewaySettings, system_prompt: str | None = None)
     """Read the body of a request; ``stream`` counts on the route that looks at it. There is no system prompt here.
 
     Raises:
-        RequestError: a field is malformed; the error names it.
+        RequestError: a field is malformed, or is one that this gateway cannot check; the error names it.
         UnknownModel: the adapter is not served here.
         PromptTooLong: there is more text than ``prompt_limit_characters``.
     """
@@ -45,14 +46,14 @@ def read(raw: Json, settings: GatewaySettings, system_prompt: str | None = None)
     wanted = request.parameters
     parameters = wanted.model_dump(exclude_unset=True, exclude_none=True)
     model = resolve_model(parameters.pop("adapter_id", None), settings, param="parameters.adapter_id")
+    options, others = other_fields(parameters, (), place="parameters.")
     if model != settings.served_model_name:
-        parameters["adapter_id"] = model
-    others = text_given(parameters)
+        options["adapter_id"] = model
     turns: tuple[Turn, ...] = (Turn(Kind.ASKED, request.inputs),)
     if has_words(others.text):
         turns = (others, *turns)
     check_length(turns, "inputs", settings)
-    body = {"inputs": request.inputs, "parameters": parameters}
+    body = {"inputs": request.inputs, "parameters": options}
     echoed = request.inputs if wanted.return_full_text else ""
     return Asked(
         model,
@@ -66,36 +67,42 @@ def read(raw: Json, settings: GatewaySettings, system_prompt: str | None = None)
     )
 
 
-class _Candidate(BaseModel):
-    id: int
+class _Candidate(UpstreamPart):
+    id: Count
     text: str
     logprob: float
     special: bool = False
 
 
-class _Facts(BaseModel):
+class _Facts(UpstreamPart):
     """How a generation ended."""
 
     finish_reason: Literal["length", "eos_token", "stop_sequence", "content_filter"]
-    generated_tokens: int = 0
-    input_length: int | None = None
-    seed: int | None = None
+    generated_tokens: Count = 0
+    input_length: Count | None = None
+    seed: Count | None = None
 
     def finish(self) -> Finish:
         return Finish(self.finish_reason, self.model_dump(include={"generated_tokens", "input_length", "seed"}))
 
 
 class _Details(_Facts):
-    tokens: list[_Candidate] = []
+    tokens: tuple[_Candidate, ...] = ()
     top_tokens: list[list[_Candidate]] | None = None
 
+    @model_validator(mode="after")
+    def _each_row_has_its_token(self) -> Self:
+        if len(self.top_tokens or ()) > len(self.tokens):
+            raise ValueError("more rows of alternatives than tokens")
+        return self
 
-class _Answer(BaseModel):
+
+class _Answer(UpstreamPart):
     generated_text: str
     details: _Details | None = None
 
 
-class _Event(BaseModel):
+class _Event(UpstreamPart):
     token: _Candidate
     top_tokens: list[_Candidate] | None = None
     details: _Facts | None = None
@@ -108,22 +115,22 @@ def _token(token: _Candidate, top: list[_Candidate] | None) -> Token:
     return Token(shape, (token.text, *(candidate.text for candidate in top or ())))
 
 
-def read_whole(body: bytes) -> Event:
+def read_whole(body: bytes, head: Head) -> Event:
     """A whole answer. Without ``details`` it does not say how it ended, and neither do we."""
     answer = _Answer.model_validate_json(body)
     details = answer.details
     if details is None:
-        return Event(None, [Part(0, CONTENT, answer.generated_text)], {0: Finish("")})
+        return Event(head, [Part(0, CONTENT, answer.generated_text)], {0: Finish("")})
     tokens = tuple(_token(*row) for row in zip_longest(details.tokens, details.top_tokens or ()))
-    return Event(None, [Part(0, CONTENT, answer.generated_text, tokens)], {0: details.finish()})
+    return Event(head, [Part(0, CONTENT, answer.generated_text, tokens)], {0: details.finish()})
 
 
-def read_event(data: str) -> Event:
+def read_event(data: str, head: Head) -> Event:
     """One event of a stream: a token, and at the end how the generation ended."""
     event = _Event.model_validate_json(data)
     text = "" if event.token.special else event.token.text
     part = Part(0, CONTENT, text, (_token(event.token, event.top_tokens),))
-    return Event(None, [part], {0: event.details.finish()} if event.details else {})
+    return Event(head, [part], {0: event.details.finish()} if event.details else {})
 
 
 def whole(asked: Asked, head: Head, units: list[Unit], usage: Usage) -> Json:

@@ -4,10 +4,11 @@ Unknown fields are kept (``extra="allow"``): OpenAI-compatible servers add their
 Sources: OpenAI API reference (chat completions); text-generation-inference ``docs/openapi.json``.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+TokenCount = Annotated[int, Field(ge=0, lt=2**31)]
 FinishReason = Literal["stop", "length", "content_filter", "tool_calls", "function_call"]
 
 
@@ -28,8 +29,8 @@ class ChatRequest(BaseModel):
     model: str
     messages: list[ChatMessage] = Field(min_length=1)
     stream: bool = False
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: TokenCount | None = Field(default=None, ge=1)
+    max_completion_tokens: TokenCount | None = Field(default=None, ge=1)
     temperature: float = Field(default=0.0, ge=0.0, le=2.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     seed: int = 0
@@ -50,9 +51,9 @@ class ChatRequest(BaseModel):
 class Usage(BaseModel):
     """Token counts of one request."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
+    prompt_tokens: TokenCount
+    completion_tokens: TokenCount
+    total_tokens: TokenCount
 
 
 class ChatChoice(BaseModel):
@@ -114,7 +115,7 @@ class GenerateParameters(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    max_new_tokens: int | None = Field(default=None, ge=1)
+    max_new_tokens: TokenCount | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, gt=0.0)
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
     do_sample: bool = False
@@ -168,7 +169,7 @@ class CompletionRequest(BaseModel):
     model: str
     prompt: str | list[str] | list[int] | list[list[int]]
     stream: bool = False
-    max_tokens: int = Field(default=16, ge=0)
+    max_tokens: TokenCount = 16
     temperature: float = Field(default=0.0, ge=0.0, le=2.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     seed: int = 0

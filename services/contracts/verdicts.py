@@ -45,8 +45,9 @@ class ClassifyRequest(BaseModel):
 class Verdict(BaseModel):
     """The classifier's finding on one item.
 
-    ``score`` is the probability in [0, 1] that the item is unsafe; ``threshold`` the value it was compared
-    with. With a response, the item is unsafe when the *response* is: refusing an unsafe prompt is safe.
+    ``score`` is the probability in [0, 1] that the item is unsafe; ``threshold`` the value it was compared with.
+    ``categories`` has the scores of those hazards that were judged by themselves; of any other, ``score`` is all that
+    is known. With a response, the item is unsafe when the *response* is: refusing an unsafe prompt is safe.
     ``refused`` says whether the response declines; it is None when there is no response.
     """
 

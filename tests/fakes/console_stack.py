@@ -10,8 +10,9 @@ import httpx
 from gateway.api_keys import add_key, new_key
 from gateway.app import build_app
 from gateway.settings import GatewaySettings
+from tests.fakes.gateway_inference import FakeInference
 from tests.fakes.gateway_stack import PATIENT, chat_body
-from tests.fakes.gateway_upstreams import FakeInference, FakeSafety, serving
+from tests.fakes.gateway_upstreams import FakeSafety, serving
 
 SYSTEM_PROMPT = "Mention no competitor."
 POLICY = f"""\

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.fakes.gateway_stack import Stack, events
 
@@ -68,3 +69,6 @@ COMPLETIONS = Speaker("completions", "/v1/completions", "/v1/completions")
 TGI = Speaker("tgi", "/generate", "/generate_stream")
 TGI_ROOT = Speaker("tgi root", "/", "/")
 SPEAKERS = [CHAT, COMPLETIONS, TGI, TGI_ROOT]
+by_name = pytest.mark.parametrize("speaker", SPEAKERS, ids=lambda speaker: speaker.name)
+openais = pytest.mark.parametrize("speaker", [CHAT, COMPLETIONS], ids=["chat", "completions"])
+streamed_or_not = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

@@ -12,7 +12,8 @@ import httpx
 
 from gateway.app import build_app
 from gateway.settings import GatewaySettings
-from tests.fakes.gateway_upstreams import MARKER, FakeInference, FakeSafety, serving
+from tests.fakes.gateway_inference import FakeInference
+from tests.fakes.gateway_upstreams import MARKER, FakeSafety, serving
 
 UNCHECKED = "fedward_gateway_characters_released_before_verdict_total"
 # A loaded machine must not make a test fail, so most tests ask a gateway that waits longer than they need; tests of

@@ -1,7 +1,8 @@
-"""What several test files share: gateways and a coordinator that run, and clients of a file's own fixture ``url``."""
+"""What several test files share: gateways, a coordinator, databases, and clients of a file's own fixture ``url``."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
@@ -9,6 +10,8 @@ import openai
 import pytest
 from prometheus_client import REGISTRY
 
+from tests.fakes.gateway_inference import FakeInference
+from tests.fakes.gateway_repairs import RepairStack, repairing
 from tests.fakes.gateway_stack import (
     HASTY_CHECKS,
     HASTY_MODEL,
@@ -18,7 +21,8 @@ from tests.fakes.gateway_stack import (
     gateway,
     wait_for,
 )
-from tests.fakes.gateway_upstreams import FakeInference, FakeSafety, serving
+from tests.fakes.gateway_upstreams import FakeCritique, FakeSafety, serving
+from tests.fakes.postgres_server import PostgresServer
 
 if TYPE_CHECKING:
     from tests.fakes.federation import Federation
@@ -71,3 +75,49 @@ def stack(running: Stack) -> Iterator[Stack]:
     assert REGISTRY.get_sample_value(UNCHECKED) == before
     for service in (running.inference, running.safety):
         wait_for(lambda service=service: service.at_work == 0)
+
+
+@pytest.fixture(scope="module")
+def running_repairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RepairStack]:
+    with repairing(tmp_path_factory.mktemp("repair")) as stack:
+        yield stack
+
+
+@pytest.fixture
+def repairs(running_repairs: RepairStack) -> Iterator[RepairStack]:
+    """The shared stack with fresh fakes; after the test, nothing may have left before its verdict."""
+    pairs = (
+        (running_repairs.inference, FakeInference()),
+        (running_repairs.safety, FakeSafety()),
+        (running_repairs.critique, FakeCritique()),
+    )
+    for fake, fresh in pairs:
+        vars(fake).update({name: value for name, value in vars(fresh).items() if name != "at_work"})
+    before = REGISTRY.get_sample_value(UNCHECKED)
+    yield running_repairs
+    assert REGISTRY.get_sample_value(UNCHECKED) == before
+    for fake, _ in pairs:
+        wait_for(lambda fake=fake: fake.at_work == 0)
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[PostgresServer]:
+    server = PostgresServer()
+    server.start()
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/folder/audit.db"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def audit_url(request: pytest.FixtureRequest) -> str:
+    if request.param == "sqlite":
+        found: str = request.getfixturevalue("sqlite_url")
+        return found
+    server: PostgresServer = request.getfixturevalue("postgres")
+    server.sql("DROP TABLE IF EXISTS fedward_audit")
+    return server.url

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from prometheus_client import REGISTRY
 
+from tests.fakes.gateway_inference import FakeInference
 from tests.fakes.gateway_stack import (
     LEAK_CASES,
     UNCHECKED,
@@ -23,7 +24,7 @@ from tests.fakes.gateway_stack import (
     wait_for,
     words,
 )
-from tests.fakes.gateway_upstreams import BLAND, MARKER, FakeInference, FakeSafety, closed_port, serving
+from tests.fakes.gateway_upstreams import BLAND, MARKER, FakeSafety, closed_port, serving
 from tests.fakes.vllm_server import FakeVllm
 
 # What is allowed
@@ -33,12 +34,13 @@ def test_allowed_answer_is_openais_shape_with_checked_fields_only(stack: Stack) 
     response = stack.ask(temperature=0.5, frequency_penalty=0.1)
     assert response.status_code == 200
     assert response.headers["x-fedward-decision"] == "allow"
-    assert response.json() == {
-        "id": "chatcmpl-1",
+    answer = response.json()
+    assert answer.pop("id").startswith("chatcmpl-")
+    assert abs(answer.pop("created") - time.time()) < 60
+    assert answer == {
         "object": "chat.completion",
-        "created": 1,
         "model": "fake",
-        "system_fingerprint": "adapter-1",
+        "system_fingerprint": "ad" * 32,
         "choices": [
             {
                 "index": 0,
@@ -286,9 +288,10 @@ def test_value_that_json_does_not_have_is_400(stack: Stack, extra: bytes) -> Non
 
 
 def test_only_allowed_models_are_listed(stack: Stack) -> None:
-    card = {"id": "fake", "object": "model", "created": 1, "owned_by": "x"}
-    assert stack.client.get("/v1/models").json() == {"object": "list", "data": [card]}
-    assert stack.client.get("/v1/models/fake").json() == card
+    known = {"object": "model", "created": 1, "owned_by": "fedward", "max_model_len": 512, "sha256": "ad" * 32}
+    cards = [known | {"id": name} for name in ("fake", "other")]
+    assert stack.client.get("/v1/models").json() == {"object": "list", "data": cards}
+    assert stack.client.get("/v1/models/fake").json() == cards[0]
     assert stack.client.get("/v1/models/secret").status_code == 404
 
 

@@ -16,8 +16,9 @@ from gateway.audit_store import AuditStore
 from gateway.keys_command import main as keys
 from gateway.settings import GatewaySettings
 from services.contracts.errors import ConfigError
+from tests.fakes.gateway_inference import FakeInference
 from tests.fakes.gateway_stack import PATIENT, chat_body, events, said, wait_for
-from tests.fakes.gateway_upstreams import MARKER, FakeInference, FakeSafety, serving
+from tests.fakes.gateway_upstreams import MARKER, FakeSafety, serving
 
 POLICY = """\
 schema_version: 1
@@ -37,6 +38,8 @@ requests = "2/hour"
 [tenants.moderator]
 requests = "3/hour"
 tokens = "100/hour"
+[tenants.hasty]
+tokens = "100000/hour"
 """
 
 
@@ -68,7 +71,7 @@ class Door(NamedTuple):
 def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
     folder = tmp_path_factory.mktemp("door")
     file, secrets = folder / "keys.json", {}
-    for tenant in ("strict", "trial", "slow", "guided", "few", "moderator", "plain"):
+    for tenant in ("strict", "trial", "slow", "guided", "few", "moderator", "hasty", "plain"):
         secrets[tenant] = create_key(file, tenant)
     (folder / "policy.yaml").write_text(POLICY)
     (folder / "limits.toml").write_text(LIMITS)
@@ -101,7 +104,7 @@ def create_key(file: Path, tenant: str) -> str:
 
 @pytest.fixture(autouse=True)
 def quiet(door: Door) -> None:
-    door.inference.pieces = ["All ", "is ", "well."]
+    vars(door.inference).update(pieces=["All ", "is ", "well."], fault=None, fault_at=0, alter=lambda said: said)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +162,7 @@ def test_adapter_that_answered_is_recorded_in_every_protocol(door: Door, path: s
     assert door.post("plain", path, **body).status_code == 200
     record = door.records("plain")[0]
     assert record["model"] == "fake"
-    assert record["adapter_sha256"] == ("adapter-1" if "chat" in path else "ab" * 32)  # what the body says comes first
+    assert record["adapter_sha256"] == ("ad" * 32 if "chat" in path else "ab" * 32)  # what the body says comes first
 
 
 def test_services_are_asked_under_the_id_of_the_request(door: Door) -> None:
@@ -182,6 +185,14 @@ def test_policy_does_not_allow_every_model_to_every_tenant(door: Door) -> None:
     assert door.post("plain", model="fake").status_code == 200
     assert door.post("strict", model="fake").status_code == 404
     assert door.records("strict")[0]["error"] == "model_not_found"
+
+
+def test_models_are_listed_as_the_policy_allows_them(door: Door) -> None:
+    for tenant, names in (("plain", ["fake", "other"]), ("strict", ["other"])):
+        listed = httpx.get(f"{door.url}/v1/models", headers=door.header(tenant)).json()
+        assert [card["id"] for card in listed["data"]] == names
+        one = httpx.get(f"{door.url}/v1/models/fake", headers=door.header(tenant))
+        assert one.status_code == (200 if "fake" in names else 404)
 
 
 def test_shadow_lets_out_and_records_what_it_would_have_done(door: Door) -> None:
@@ -220,6 +231,40 @@ def test_requests_over_the_limit_are_told_when_to_come_again(door: Door) -> None
     with few as client, pytest.raises(RateLimitError, match="limit of requests met"):
         client.chat.completions.create(model="fake", messages=[{"role": "user", "content": "Hello"}])
     assert [record.get("error") for record in door.records("few")[:2]] == ["rate_limit_exceeded"] * 2
+
+
+@pytest.mark.parametrize("how", ["client leaves", "model breaks off"])
+def test_stream_that_is_cut_off_counts_with_what_has_left(door: Door, how: str) -> None:
+    before, known = tokens_left(door, "hasty"), len(door.records("hasty"))
+    door.inference.pieces = [f"Sentence number {i} of many. " for i in range(200)]
+    if how == "model breaks off":
+        door.inference.fault, door.inference.fault_at = "reset", 100
+    body = chat_body(stream=True, max_tokens=1)
+    with httpx.stream(
+        "POST", f"{door.url}/v1/chat/completions", json=body, headers=door.header("hasty"), timeout=20
+    ) as answer:
+        for i, _ in enumerate(answer.iter_lines()):
+            if how == "client leaves" and i == 40:
+                break
+    wait_for(lambda: len(door.records("hasty")) > known)
+    cut = door.records("hasty")[0]
+    assert cut["error"] == ("client_left" if how == "client leaves" else "upstream_unavailable")
+    assert cut["released_characters"] > 400
+    taken = before - tokens_left(door, "hasty")
+    assert taken == pytest.approx(cut["released_characters"] / 4, abs=10)
+
+
+def tokens_left(door: Door, tenant: str) -> int:
+    """What is left of the quota after a short request, which takes a handful."""
+    door.inference.pieces, door.inference.fault = ["Yes."], None
+    return int(door.post(tenant, max_tokens=1).headers["x-ratelimit-remaining-tokens"])
+
+
+def test_answer_that_is_no_answer_is_recorded_as_an_error(door: Door) -> None:
+    door.inference.alter = lambda said: said | {"usage": {"prompt_tokens": float("nan")}}
+    assert door.post("plain").status_code == 503
+    record = door.records("plain")[0]
+    assert (record["action"], record["error"], record["released_characters"]) == ("error", "upstream_unavailable", 0)
 
 
 def test_moderations_count_with_their_text_and_lists_of_models_do_not(door: Door) -> None:

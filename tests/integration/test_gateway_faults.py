@@ -150,12 +150,6 @@ def test_words_of_the_models_refusal_are_checked_too(stack: Stack, stream: bool)
     assert_unavailable(stack.ask(model="other", stream=stream), "safety")
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_text_in_the_place_of_a_name_is_withheld(stack: Stack, stream: bool) -> None:
-    stack.answer([BLAND], name=f"the {MARKER}")
-    assert_unavailable(stack.ask(stream=stream), "inference")
-
-
 def test_more_held_text_than_the_limit_closes_the_answer(stack: Stack) -> None:
     stack.safety.hold_prompt_while = lambda: stack.inference.finished + stack.inference.cancelled == 0
     stack.answer([BLAND * 10] * 30)

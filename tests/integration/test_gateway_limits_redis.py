@@ -87,6 +87,16 @@ def test_replicas_together_never_admit_more_than_the_limit(
     run(values, fill_up)
 
 
+def test_greatest_request_is_refused_and_harms_nobody(redis: RedisServer, tmp_path: Path) -> None:
+    """The most that the readers accept: 128 answers to each of 100 prompts, of 2**31 tokens each."""
+
+    async def work(limiter: Limiter) -> None:
+        assert not await ask(limiter, tokens=12_800 * 2**31)
+        assert await ask(limiter, tokens=1000)
+
+    run(settings(tmp_path, redis.url), work)
+
+
 def test_settlement_is_seen_by_the_other_replica(redis: RedisServer, tmp_path: Path) -> None:
     async def work(limiter: Limiter) -> None:
         other = Limiter(settings(tmp_path, redis.url))

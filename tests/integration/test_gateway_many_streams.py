@@ -10,8 +10,9 @@ import aiohttp
 import pytest
 
 from gateway.bench import soak
+from tests.fakes.gateway_inference import FakeInference
 from tests.fakes.gateway_stack import PATIENT, chat_body, gateway
-from tests.fakes.gateway_upstreams import FakeInference, FakeSafety, serving
+from tests.fakes.gateway_upstreams import FakeSafety, serving
 
 SLOW = PATIENT | {"check_deadline_ms": 30_000, "connect_seconds": 30, "silence_seconds": 60, "generation_seconds": 120}
 STREAMS = 200

@@ -87,7 +87,9 @@ def test_models_and_info(urls: Urls, client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["fedward"]
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="tiny", messages=ASK)
-    assert httpx.get(f"{urls.gateway}/info").json() == httpx.get(f"{urls.inference}/info").json()
+    told, direct = (httpx.get(f"{url}/info").json() for url in (urls.gateway, urls.inference))
+    assert (told["model_id"], told["router"]) == ("fedward", "fedward-gateway")
+    assert told.items() - direct.items() == {("model_id", "fedward"), ("router", "fedward-gateway")}
 
 
 def test_services_own_refusal_is_passed_on(urls: Urls, client: openai.OpenAI) -> None:

@@ -1,18 +1,26 @@
 """Every protocol and every place in an answer where text can stand: nothing leaves without its check."""
 
 import json
+from importlib.metadata import version
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.fakes.gateway_protocols import CHAT, COMPLETIONS, SPEAKERS, TGI, TGI_ROOT, Speaker
+from tests.fakes.gateway_protocols import (
+    CHAT,
+    COMPLETIONS,
+    TGI,
+    TGI_ROOT,
+    Speaker,
+    by_name,
+    openais,
+    streamed_or_not,
+)
 from tests.fakes.gateway_stack import LEAK_CASES, Stack, by_sentence, events, wait_for, words
 from tests.fakes.gateway_upstreams import BLAND, MARKER
 
 REFUSAL = "I'm sorry, but I can't help with that."
-by_name = pytest.mark.parametrize("speaker", SPEAKERS, ids=lambda speaker: speaker.name)
-streamed_or_not = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 
 
 # What is allowed
@@ -39,12 +47,13 @@ def test_allowed_answer_says_what_the_model_said(stack: Stack, speaker: Speaker)
 
 def test_text_completion_is_openais_shape(stack: Stack) -> None:
     stack.answer(["One ", "two."], alternatives=["Some ", "three."])
-    assert COMPLETIONS.ask(stack, logprobs=2, echo=True, best_of=2).json() == {
-        "id": "chatcmpl-1",
+    answer = COMPLETIONS.ask(stack, logprobs=2, echo=True, best_of=2).json()
+    assert answer.pop("id").startswith("cmpl-")
+    assert answer.pop("created") > 1
+    assert answer == {
         "object": "text_completion",
-        "created": 1,
         "model": "fake",
-        "system_fingerprint": "adapter-1",
+        "system_fingerprint": "ad" * 32,
         "choices": [
             {
                 "index": 0,
@@ -101,8 +110,15 @@ def test_generated_text_begins_with_the_prompt_where_that_is_asked_for(stack: St
     assert events(TGI.ask(stack, stream=True, return_full_text=True))[-1]["generated_text"] == f"Hello{BLAND}"
 
 
-def test_info_is_the_inference_services(stack: Stack) -> None:
-    assert stack.client.get("/info").json() == {"model_id": "fake", "router": "fake"}
+def test_info_has_the_inference_services_numbers_under_our_own_names(stack: Stack) -> None:
+    assert stack.client.get("/info").json() == {
+        "model_id": "fake",
+        "model_sha": "ad" * 20,
+        "max_input_tokens": 511,
+        "max_total_tokens": 512,
+        "router": "fedward-gateway",
+        "version": version("fedward"),
+    }
 
 
 CALLS = [("find", ['{"wh', 'ere": "here"}']), ("get", ["{}"])]
@@ -151,7 +167,7 @@ def test_reasoning_leaves_in_its_own_channel(stack: Stack, stream: bool) -> None
         )
 
 
-@pytest.mark.parametrize("speaker", [CHAT, COMPLETIONS], ids=["chat", "completions"])
+@openais
 @streamed_or_not
 def test_all_choices_leave(stack: Stack, speaker: Speaker, stream: bool) -> None:
     stack.answer(["One. ", "Or so. "], others=[["Two. "], ["Three. ", "Four. ", "Five"]], usage=True)
@@ -236,7 +252,7 @@ def test_marker_never_leaves_from_any_place(stack: Stack, place: str, stream: bo
     assert speaker.finish_reason(response) == "content_filter"
 
 
-@pytest.mark.parametrize("speaker", [CHAT, COMPLETIONS], ids=["chat", "completions"])
+@openais
 @pytest.mark.parametrize("bad", [0, 1])
 def test_violation_ends_only_its_choice_in_a_stream(stack: Stack, speaker: Speaker, bad: int) -> None:
     pieces = [words(30, sentence=6), words(30, sentence=6)]
@@ -256,7 +272,7 @@ def test_violation_ends_only_its_choice_in_a_stream(stack: Stack, speaker: Speak
     assert events(response)[-1] == "[DONE]"
 
 
-@pytest.mark.parametrize("speaker", [CHAT, COMPLETIONS], ids=["chat", "completions"])
+@openais
 def test_violation_ends_only_its_choice_in_a_whole_answer(stack: Stack, speaker: Speaker) -> None:
     stack.answer(["Fine. "], others=[[f"The {MARKER}. "], ["Good. "]])
     response = speaker.ask(stack, n=3)
@@ -265,7 +281,7 @@ def test_violation_ends_only_its_choice_in_a_whole_answer(stack: Stack, speaker:
     assert response.headers["x-fedward-decision"] == "refuse"
 
 
-@pytest.mark.parametrize("speaker", [CHAT, COMPLETIONS], ids=["chat", "completions"])
+@openais
 def test_generation_stops_when_every_choice_is_blocked(stack: Stack, speaker: Speaker) -> None:
     bad = [f"The {MARKER}. ", "More. "]
     stack.answer(bad, others=[bad], pause=lambda i: 60 if i == 2 else 0)

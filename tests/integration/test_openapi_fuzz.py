@@ -20,8 +20,9 @@ from services.critique.settings import CritiqueSettings
 from services.safety.app import build_app as build_safety
 from services.safety.assemble import build_backend
 from services.safety.settings import SafetySettings
+from tests.fakes.gateway_inference import FakeInference
 from tests.fakes.gateway_stack import gateway
-from tests.fakes.gateway_upstreams import FakeInference, FakeSafety
+from tests.fakes.gateway_upstreams import FakeSafety
 from tests.fakes.gateway_upstreams import serving as serving_fake
 from tests.fakes.model_servers import serving, serving_inference
 from tests.fakes.tiny_model import build_tiny_adapter, build_tiny_model

@@ -35,7 +35,7 @@ TORCH = (
 # Where Flower may be.
 FLOWER = (
     "trainer.server_app", "trainer.client_app", "trainer.exchange", "trainer.in_process", "trainer.strategies",
-    "trainer.bench",
+    "trainer.bench", "trainer.privacy",
 )  # fmt: skip
 NO_TORCH = ("services.contracts", "services.common", "services.safety", "gateway", "evaluation", "stack")
 

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from gateway.answers import Call, Head, Part, Token, checked_name, texts_to_check, token_texts
+from gateway.answers import Call, Head, Part, Token, checked_call_id, texts_to_check, token_texts
 from gateway.asked import strings_in
 from gateway.protocols import chat
 from gateway.protocols.openai_fields import token_text
@@ -57,7 +59,7 @@ def test_bytes_leave_only_where_they_are_the_tokens_own(
 ) -> None:
     logprobs = {"content": [{"token": token, "logprob": -1, "bytes": given}]}
     choice = {"index": 0, "message": {"content": "a"}, "finish_reason": "stop", "logprobs": logprobs}
-    [part] = chat.read_whole(json.dumps({"id": "1", "choices": [choice]})).parts
+    [part] = chat.read_whole(json.dumps({"id": "1", "choices": [choice]}), Head.own("", "m")).parts
     assert part.tokens[0].shape["bytes"] == left
 
 
@@ -75,6 +77,31 @@ def test_strings_come_in_order_with_names_and_what_they_stand_for() -> None:
     assert list(strings_in(value, "h")) == ["a", "b", "c", "d", "e", '"f\\"g"', 'f"g', "h"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": "\\u0068idden"}',
+        '{"a": "\\u0068idden", "b": ' + "9" * 5000 + "}",
+        '{"a": "\\u0068idden", "cut o',
+        '{"a": "\\u0068idden", "deep": ' + "[" * 5000,
+        '{"a": "hi\\ud83ddd\\udc00en\\udfff"}',
+        '{"a": "hi\\ud83ddd\\udc00en\\udfff',
+    ],
+    ids=["json", "number", "cut off", "deep", "halves", "halves, cut off"],
+)
+def test_escapes_are_read_whatever_stands_around_them(text: str) -> None:
+    found = list(strings_in(text))
+    assert any("hidden" in one for one in found)
+    assert "".join(found).encode()
+
+
+@given(st.text(st.characters(exclude_categories=[])))
+def test_what_is_checked_can_be_sent(text: str) -> None:
+    [found] = strings_in(text.replace("\\", ""))
+    assert found.encode("utf-16", "surrogatepass").decode("utf-16") == found
+    assert found == text.replace("\\", "") or any(0xD800 <= ord(character) < 0xE000 for character in text)
+
+
 def test_deeply_nested_strings_are_found() -> None:
     value: object = "deep"
     for _ in range(50_000):
@@ -85,7 +112,7 @@ def test_deeply_nested_strings_are_found() -> None:
 @pytest.mark.parametrize("name", ["a name", "x" * 201, "é", "a\nb"])
 def test_text_is_no_name(name: str) -> None:
     with pytest.raises(UpstreamUnavailable):
-        checked_name(name)
+        checked_call_id(name)
 
 
 def test_own_head_has_the_protocols_prefix() -> None:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from gateway.asked import Asked
 from gateway.checks import prompt_items, response_items, windows
-from gateway.protocols import chat
-from gateway.protocols.openai_fields import IGNORED_FIELDS, REFUSED_FIELDS
+from gateway.protocols import chat, completions, tgi
+from gateway.protocols.request_fields import CHOOSING_FIELDS, IGNORED_FIELDS, UNCHECKED_FIELDS
 from gateway.settings import GatewaySettings
 from services.contracts.errors import PromptTooLong, RequestError, UnknownModel
 
@@ -26,11 +26,23 @@ def sent(**fields: Any) -> Any:
     return json.loads(read(**fields).content)
 
 
-@pytest.mark.parametrize("name", REFUSED_FIELDS)
+@pytest.mark.parametrize("name", UNCHECKED_FIELDS + CHOOSING_FIELDS)
 def test_field_that_nothing_can_check_is_refused_by_name(name: str) -> None:
     with pytest.raises(RequestError, match=f"^{name}: not supported") as refusal:
         read(**{name: [1]})
     assert refusal.value.param == name
+    with pytest.raises(RequestError, match=f"^{name}: not supported"):
+        completions.read({"prompt": "hi", name: "x"}, SETTINGS)
+    with pytest.raises(RequestError, match=rf"^chat_template_kwargs\.{name}: not supported"):
+        read(chat_template_kwargs={name: "x"})
+    if name != "adapter_id":  # TGI's own name of the model
+        with pytest.raises(RequestError, match=rf"^parameters\.{name}: not supported"):
+            tgi.read({"inputs": "hi", "parameters": {name: "x"}}, SETTINGS)
+
+
+@pytest.mark.parametrize("name", UNCHECKED_FIELDS + CHOOSING_FIELDS)
+def test_field_that_asks_for_nothing_is_left_out(name: str) -> None:
+    assert sent(**{name: []}) == sent()
 
 
 @pytest.mark.parametrize("name", IGNORED_FIELDS)

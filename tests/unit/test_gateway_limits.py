@@ -189,6 +189,25 @@ def test_limits_are_reloaded(limits_file: Path) -> None:
     with_limiter(limits_file, work)
 
 
+def test_file_that_breaks_its_parser_leaves_the_limits_in_force(limits_file: Path) -> None:
+    """Not every parser's error is one that readers expect: so deep a list is a RecursionError."""
+
+    async def work(limiter: Limiter) -> None:
+        (file,) = limiter.files
+        _write(limits_file, f"default = {'[' * 5000}{']' * 5000}")
+        file.look()
+        file.look()
+        assert file.problem == f"{limits_file}: RecursionError"
+        assert (await ask(limiter))["x-ratelimit-limit-requests"] == "3"
+        _write(limits_file, '[default]\nrequests = "7/day"\n')
+        file.look()
+        file.look()
+        assert file.problem is None
+        assert (await ask(limiter))["x-ratelimit-limit-requests"] == "7"
+
+    with_limiter(limits_file, work)
+
+
 def test_without_a_file_there_is_no_limit() -> None:
     async def work(limiter: Limiter) -> None:
         assert await ask(limiter, tokens=10**9) == {}

@@ -28,11 +28,13 @@ def answers(**response: Any) -> Policy:
 
 
 SAFE, UNSAFE, UNSCORED = verdict("safe", 0.1), verdict("unsafe", 0.95, S1=0.95), verdict("unscored")
+SCORELESS = verdict("unsafe", None, S2=0.9)
 
 GRAVE = answers(action="redact", categories={"S1": {"action": "refuse"}, "S6": {"action": "revise"}})
 LOW = answers(threshold=0.2, action="redact", categories={"S1": {"action": "refuse"}})
 TIERS = answers(threshold=0.8, categories={"S6": {"threshold": 0.5, "action": "redact"}})
 OWN = answers(categories={"S4": {"threshold": 0.3}, "S7": {"threshold": 0.7, "action": "redact"}})
+MIXED = answers(action="redact", categories={"S4": {"threshold": 0.5, "action": "refuse"}})
 
 # verdicts, policy for answers, action, categories
 DECISIONS = [
@@ -66,12 +68,20 @@ DECISIONS = [
     ([verdict("safe", 0.2, S1=0.2)], LOW, "refuse", "S1"),
     ([verdict("safe", 0.2, S1=0.19)], LOW, "redact", "S1"),
     ([verdict("unsafe", 0.95, X=0.9)], GRAVE, "redact", "X"),
+    # a category that the classifier did not judge is no likelier than harm of any kind
+    ([verdict("safe", 0.3)], OWN, "refuse", ""),
+    ([verdict("safe", 0.29)], OWN, "allow", ""),
+    ([verdict("safe", 0.3, S4=0.0)], OWN, "allow", ""),
+    ([verdict("safe", 0.6, S1=0.0)], TIERS, "redact", ""),
+    ([verdict("unsafe", 0.95, S2=0.9)], MIXED, "refuse", "S2"),
+    ([verdict("unsafe", 0.95, S2=0.9, S4=0.0)], MIXED, "redact", "S2"),
     # over several parts the worst action wins
     ([verdict("unsafe", 0.95, S2=0.9), verdict("unsafe", 0.95, S6=0.8)], GRAVE, "revise", "S2 S6"),
     ([verdict("unsafe", 0.95, S6=0.8), UNSAFE, SAFE], GRAVE, "refuse", "S1 S6"),
     # beside a part without a verdict nothing milder than refusing is sure
     ([UNSAFE, UNSCORED], DEFAULT, "refuse", "S1"),
     ([UNSCORED, verdict("unsafe", 0.95, S2=0.9)], GRAVE, "refuse", "S2"),
+    ([SCORELESS], MIXED, "refuse", "S2"),
 ]
 
 
@@ -86,7 +96,7 @@ def test_shadow_lets_everything_through_and_says_what_it_would_have_done(
     verdicts: list[Verdict], policy: Policy, action: str, categories: str
 ) -> None:
     shadow = policy.model_copy(update={"shadow": True})
-    if UNSCORED in verdicts:
+    if UNSCORED in verdicts or SCORELESS in verdicts:
         with pytest.raises(UpstreamUnavailable):
             decide(verdicts, Direction.RESPONSE, shadow)
         return
@@ -111,6 +121,21 @@ def test_shadow_lets_everything_through_and_says_what_it_would_have_done(
 def test_no_verdict_is_no_decision(verdicts: list[Verdict], policy: Policy) -> None:
     with pytest.raises(UpstreamUnavailable, match="safety: gave no verdict on the response"):
         decide(verdicts, Direction.RESPONSE, policy)
+
+
+@pytest.mark.parametrize(
+    ("given", "policy", "lacking"),
+    [
+        (verdict("safe"), OWN, "no score for S4, S7, which"),
+        (verdict("safe", None, S4=0.0), OWN, "no score for S7, which"),
+        (verdict("safe", None, S4=0.0), answers(threshold=0.7), "no score, which"),
+    ],
+)
+def test_threshold_without_any_score_is_no_decision(given: Verdict, policy: Policy, lacking: str) -> None:
+    for verdicts in ([given], [SAFE, given]):
+        with pytest.raises(UpstreamUnavailable, match=f"safety: gave {lacking} the policy has a threshold for, on"):
+            decide(verdicts, Direction.RESPONSE, policy)
+    assert decide([verdict("safe", None, S4=0.0, S7=0.0)], Direction.RESPONSE, OWN).allowed
 
 
 def test_each_direction_has_its_own_rules() -> None:

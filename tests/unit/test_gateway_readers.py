@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from gateway.answers import Head
 from gateway.asked import Asked
 from gateway.checks import prompt_items
 from gateway.protocols import chat, completions, tgi
@@ -70,7 +71,24 @@ def long_words(value: Any) -> list[str]:
 def test_answer_is_read_or_refused(wire: ModuleType, body: Any) -> None:
     for read in (wire.read_whole, wire.read_event):
         try:
-            event = read(json.dumps(body))
+            event = read(json.dumps(body), Head("1", 1, "m"))
         except (ValidationError, UpstreamUnavailable):
             continue
         assert not event.parts
+
+
+@pytest.mark.parametrize("value", [2**31, 10**30, -1, 1e99, "many", [1]])
+@pytest.mark.parametrize(
+    ("wire", "body", "name"),
+    [
+        (chat, {"messages": [{"role": "user", "content": "hi"}]}, "max_tokens"),
+        (chat, {"messages": [{"role": "user", "content": "hi"}]}, "max_completion_tokens"),
+        (completions, {"prompt": "hi"}, "max_tokens"),
+        (tgi, {"inputs": "hi"}, "max_new_tokens"),
+    ],
+)
+def test_answer_of_no_possible_length_is_refused(wire: ModuleType, body: dict[str, Any], name: str, value: Any) -> None:
+    """A number that no counter can hold would break the counters for everybody."""
+    fields = {"parameters": {name: value}} if wire is tgi else {name: value}
+    with pytest.raises(RequestError, match=name):
+        wire.read(body | fields, SETTINGS)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.answers import CONTENT, Call, Event, Finish, Part, Sent, Unit, texts_to_check
+from gateway.answers import CONTENT, Call, Event, Finish, Head, Part, Sent, Unit, texts_to_check
 from gateway.policy import Action, Decision, Direction, StreamPolicy, StreamUnit
 from gateway.repair import Decide, Outcome, Repairs
 from gateway.settings import GatewaySettings
@@ -16,6 +16,7 @@ from gateway.streaming import CheckedAnswer
 from services.contracts.critique import Critique, Revision
 
 BAD, GRAVE = "bad", "grave"
+HEAD = Head("1", 1, "m")
 REFUSED = "(refused)"
 SETTINGS = GatewaySettings()
 SENTENCES, BY_LENGTH, HELD = (StreamPolicy(unit=unit, max_characters=20) for unit in StreamUnit)
@@ -75,10 +76,10 @@ class Machine:
 
 async def events(pieces: list[str]) -> AsyncGenerator[Event, None]:
     for i, piece in enumerate(pieces):
-        yield Event(None, [said(piece)], {})
+        yield Event(HEAD, [said(piece)], {})
         if i % 3 == 0:  # so that some checks are done before the next piece comes, and some are not
             await asyncio.sleep(0)
-    yield Event(None, [], {0: Finish("stop")})
+    yield Event(HEAD, [], {0: Finish("stop")})
 
 
 def said(text: str, channel: str = CONTENT) -> Part:

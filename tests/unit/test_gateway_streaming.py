@@ -12,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.admission import policy_of_settings
-from gateway.answers import CONTENT, Call, Event, Finish, Part, Token, Unit
+from gateway.answers import CONTENT, Call, Event, Finish, Head, Part, Token, Unit
 from gateway.policy import Action, Decision, Direction, StreamPolicy
 from gateway.segments import Segmenter
 from gateway.settings import GatewaySettings
 from gateway.streaming import CheckedAnswer
 from services.contracts.errors import UpstreamUnavailable
 
+HEAD = Head("1", 1, "m")
 ALLOW = Decision(Action.ALLOW, Direction.RESPONSE)
 REFUSE = Decision(Action.REFUSE, Direction.RESPONSE)
 
@@ -88,11 +89,11 @@ async def chunks(*texts: str, finish: bool = True) -> AsyncGenerator[Event, None
 
 
 def said(text: str, index: int = 0, channel: str = CONTENT) -> Event:
-    return Event(None, [Part(index, channel, text)], {})
+    return Event(HEAD, [Part(index, channel, text)], {})
 
 
 def ended(index: int = 0) -> Event:
-    return Event(None, [], {index: Finish("stop")})
+    return Event(HEAD, [], {index: Finish("stop")})
 
 
 async def arriving(*parts: Event) -> AsyncGenerator[Event, None]:
@@ -156,7 +157,7 @@ def collected(parts: list[Event], choices: int = 1, check: Any = allow) -> list[
 
 def test_calls_are_held_until_the_choice_has_ended() -> None:
     pieces = [Call(0, "call_1", "find", '{"q'), Call(1, "call_2", "get", "{}"), Call(0, "", "", 'uery": 1}')]
-    units = collected([Event(None, [Part.of_call(0, "tool_calls", piece)], {}) for piece in pieces] + [ended()])
+    units = collected([Event(HEAD, [Part.of_call(0, "tool_calls", piece)], {}) for piece in pieces] + [ended()])
     assert [part.call for unit in units for part in unit.parts] == [
         Call(0, "call_1", "find", '{"query": 1}'),
         Call(1, "call_2", "get", "{}"),
@@ -175,7 +176,7 @@ def test_whole_choice_is_checked_before_its_end() -> None:
     parts = [
         said("Thinking of it", channel="reasoning"),
         said("Yes. "),
-        Event(None, [call], {}),
+        Event(HEAD, [call], {}),
         said("It is"),
         ended(),
     ]
@@ -211,7 +212,7 @@ def test_text_after_the_end_of_a_choice_is_dropped() -> None:
 
 def test_tokens_leave_with_the_text_that_they_end_in() -> None:
     def told(text: str, other: str) -> Event:
-        return Event(None, [Part(0, CONTENT, text, (Token({"text": text}, (text, other)),))], {})
+        return Event(HEAD, [Part(0, CONTENT, text, (Token({"text": text}, (text, other)),))], {})
 
     seen: list[list[str]] = []
 

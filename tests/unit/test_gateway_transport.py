@@ -15,7 +15,8 @@ import pytest
 from gateway import transport
 from gateway.transport import fast_transport
 from services.common.http import unavailable
-from tests.fakes.gateway_upstreams import Fake, FakeInference, Reply, closed_port, raw_server, serving
+from tests.fakes.gateway_inference import FakeInference
+from tests.fakes.gateway_upstreams import Fake, Reply, closed_port, raw_server, serving
 
 PATIENCE = httpx.Timeout(5.0, pool=None)
 HASTE = httpx.Timeout(5.0, read=0.1, pool=None)

@@ -12,7 +12,8 @@ from gateway.settings import GatewaySettings
 from gateway.upstreams import Upstreams
 from services.contracts.errors import UpstreamUnavailable
 from services.contracts.verdicts import ClassifyItem
-from tests.fakes.gateway_upstreams import FakeInference, FakeSafety, raw_server, serving
+from tests.fakes.gateway_inference import FakeInference
+from tests.fakes.gateway_upstreams import FakeSafety, raw_server, serving
 
 DEADLINE = 0.4
 

@@ -437,7 +437,8 @@ def test_first_verdict_fills_in_what_the_guard_does_not_say(
     assert verdict.score == pytest.approx(0.1)
     assert verdict.threshold == 0.5
     (verdict,) = classify(cascading(classifier, guard_server, 0.0, 1.0), chat("some violet and some coral"))
-    assert verdict.categories == {"S1": pytest.approx(0.9), "S12": pytest.approx(0.9)}
+    found = {hazard: score for hazard, score in verdict.categories.items() if score}
+    assert found == {"S1": pytest.approx(0.9), "S12": pytest.approx(0.9)}
 
 
 def test_cascade_is_described_by_both_models_and_its_band(

@@ -17,7 +17,7 @@ from services.contracts.errors import ConfigError
 from services.contracts.hazards import HazardCategory
 from services.contracts.verdicts import Outcome, Verdict
 from services.safety.guard.base import Guard
-from services.safety.guard.families import FAMILIES, Ask, Generic, WildGuard, load_family
+from services.safety.guard.families import FAMILIES, QWEN_CATEGORIES, Ask, Generic, WildGuard, load_family
 from services.safety.guard.local import LocalGuard
 from services.safety.guard.parsing import Answer, Finding, Position, Unreadable
 from services.safety.guard.prompts import GUIDELINES, Turn, as_json, broken_markers, read_turns
@@ -90,7 +90,13 @@ def test_documented_forms_are_read_and_others_are_not(
             read(family, Answer(text), of_response)
         return
     score, hazards, refused = expected
-    assert read(family, Answer(text), of_response) == Finding(score, dict.fromkeys(hazards.split(), score), refused)
+    assert read(family, Answer(text), of_response) == Finding(score, scores(family, hazards.split(), score), refused)
+
+
+def scores(family: str, named: list[str], score: float) -> dict[str, float]:
+    """The scores of an answer that names these hazards: all others that the family judges have 0."""
+    judged = QWEN_CATEGORIES.values() if family.startswith("qwen") else HazardCategory
+    return dict.fromkeys(map(str, judged), 0.0) | dict.fromkeys(named, score) if named else {}
 
 
 def spelled(*tokens: str, **likely: Mapping[str, float]) -> Answer:
@@ -368,7 +374,7 @@ def test_local_model_says_unsafe_with_its_probability(tmp_path: Path) -> None:
     share = 1 / (1 + 2.718281828**-2)
     assert (verdict.outcome, verdict.model_id) == (Outcome.UNSAFE, "tiny-guard")
     assert verdict.score == pytest.approx(share, abs=1e-4)
-    assert verdict.categories == {"S9": verdict.score}
+    assert verdict.categories == dict.fromkeys(HazardCategory, 0.0) | {"S9": verdict.score}
 
 
 def test_local_model_says_safe(tmp_path: Path) -> None:

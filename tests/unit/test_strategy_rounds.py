@@ -65,6 +65,8 @@ def test_resumed_run_ends_as_an_uninterrupted_one_and_learns(tmp_path: Path, mod
     assert [r.strategy_state_sha256 for r in rounds_of(parts)] == [r.strategy_state_sha256 for r in rounds_of(whole)]
     first, second = rounds_of(whole)
     assert (first.accepted, first.rejected, first.strategy) == ([0, 1, 2], {}, strategy)
+    assert first.loss is not None
+    assert second.loss is not None
     assert second.loss < first.loss
     assert read_manifest(whole.run_dir / "adapters" / "round-2").config["strategy"] == strategy
 

@@ -1,10 +1,12 @@
 """The strategies of aggregation, one a file, and the choice among them; docs/aggregation.md compares them."""
 
+import logging
 from collections.abc import Callable
 
-from trainer.config import ROBUST_NEEDS, RunConfig
+from trainer.config import B_ONLY, ROBUST_NEEDS, RunConfig
+from trainer.privacy import NoisedMean, UniformMean, mechanism_of
 from trainer.sft import MAX_GRADIENT_NORM
-from trainer.strategies.base import Strategy
+from trainer.strategies.base import MeanStrategy, Strategy
 from trainer.strategies.fedavg import FedAvg
 from trainer.strategies.fedavgm import FedAvgM
 from trainer.strategies.fedex import FedEx
@@ -18,6 +20,8 @@ from trainer.strategies.robust import Robust
 from trainer.strategies.scaffold import Scaffold
 
 __all__ = ["Strategy", "make_strategy"]
+
+log = logging.getLogger("flwr")
 
 
 def _fedopt(config: RunConfig) -> Strategy:
@@ -48,5 +52,18 @@ MAKERS: dict[str, Callable[[RunConfig], Strategy]] = {
 
 
 def make_strategy(config: RunConfig) -> Strategy:
-    """The strategy that a run asks for."""
-    return MAKERS[config.strategy](config)
+    """The strategy that a run asks for, with the run's differential privacy."""
+    strategy = MAKERS[config.strategy](config)
+    if config.dp == "off":
+        return strategy
+    assert isinstance(strategy, MeanStrategy)  # RunConfig refuses dp with any other
+    if config.strategy not in B_ONLY:
+        log.warning(
+            "dp=%s with strategy=%s puts noise on A and on B: their product multiplies the two noises; with ffa-lora "
+            "there is noise on B alone",
+            config.dp, config.strategy,
+        )  # fmt: skip
+    mechanism = mechanism_of(config)
+    central = config.dp == "central"
+    strategy.private_mean = (lambda sent: NoisedMean(mechanism, sent)) if central else (lambda sent: UniformMean())
+    return strategy

@@ -1,6 +1,7 @@
 """What every strategy is: it gives what is sent, takes updates one at a time, and makes one adapter of them."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from services.contracts.errors import AdapterError
 from trainer.aggregation import Arrays, ClientUpdate, RunningMean
@@ -53,18 +54,23 @@ class MeanStrategy(Strategy):
 
     Memory does not grow with the number of clients. An adapter of lower rank counts as if it were filled up with
     zeros (HetLoRA, arXiv 2401.06432), so that its missing components pull the mean towards zero.
+
+    Attributes:
+        private_mean: starts the mean of a round under differential privacy, where all clients have the same rank.
     """
+
+    private_mean: Callable[[Arrays], RunningMean] | None = None
 
     def begin(self, adapter: Arrays, round_number: int) -> Arrays:
         """Send the adapter, and start a new mean."""
-        self._running = RunningMean()
+        self._running = self.private_mean(adapter) if self.private_mean else RunningMean()
         self._full_rank = claimed_rank(adapter, adapter)
         return super().begin(adapter, round_number)
 
     def reply_reference(self, arrays: Arrays) -> Arrays:
         """The components of the sent adapter that fit the client's rank."""
         rank = claimed_rank(arrays, self.sent)
-        return self.sent if rank == self._full_rank else cut(self.sent, rank, of=self._full_rank)
+        return self.sent if self.private_mean or rank == self._full_rank else cut(self.sent, rank, of=self._full_rank)
 
     def add(self, update: ClientUpdate) -> None:
         """Add it to the mean."""

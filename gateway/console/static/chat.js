@@ -78,10 +78,10 @@ class Turn {
   end() {
     this.state = { held: 0, released: this.state.released || [...this.text].length };
     this.measure();
-    const fingerprint = this.about?.system_fingerprint;
+    const sha256 = this.about?.system_fingerprint; // of the adapter, or of the base model without one
     const model = this.about && [" · model ", code(this.about.model)];
-    const adapter = fingerprint && [" · adapter ", code(fingerprint.slice(0, 12))];
-    this.foot.append(chip(this.action), ` ${this.reason ?? ""}`, h("div", "request ", code(this.id), model, adapter));
+    const weights = sha256 && [" · weights ", code(sha256.slice(0, 12))];
+    this.foot.append(chip(this.action), ` ${this.reason ?? ""}`, h("div", "request ", code(this.id), model, weights));
     keepInView();
   }
 }

@@ -112,10 +112,11 @@ async function health() {
     sha256: code(release.sha256),
     Canary: release.canary && `${release.canary.adapter}, ${release.canary.percent} % of requests`,
   }));
+  const above = (threshold) => threshold?.toFixed(3) ?? "its own";
   const classifier = service("Classifier", services.safety, (info) => ({
     Model: info.model_id,
     Tier: info.tier,
-    Thresholds: `prompts ${info.threshold}, answers ${info.response_threshold ?? info.threshold}`,
+    Thresholds: `prompts ${above(info.threshold)}, answers ${above(info.response_threshold ?? info.threshold)}`,
     "Operating point": info.operating_point,
     sha256: code(info.sha256),
   }));

@@ -5,7 +5,7 @@ Only text that the model itself wrote comes in here. An answer that is not exact
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from services.contracts.hazards import HazardCategory
@@ -46,7 +46,10 @@ class Answer(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """An answer's meaning: P(unsafe) in [0, 1], scores by hazard id, and whether the response declines."""
+    """An answer's meaning: P(unsafe) in [0, 1], scores by hazard id, and whether the response declines.
+
+    A hazard without a score was not judged by itself; one with 0 was, and not found.
+    """
 
     score: float
     categories: dict[str, float]
@@ -59,7 +62,7 @@ def llama_guard(answer: Answer) -> Finding:
     if said == "safe" and codes:
         raise Unreadable("it calls the item safe and names hazard categories")
     score = _score(answer, said, ("safe", "unsafe"), {"unsafe"})
-    return Finding(score, dict.fromkeys(_known(codes), score))
+    return Finding(score, _scores(_known(codes), HazardCategory, score))
 
 
 def qwen3guard(
@@ -80,7 +83,7 @@ def qwen3guard(
         raise Unreadable("its label and its categories contradict each other")
     score = _score(answer, label, ("Safe", "Unsafe", "Controversial"), unsafe, after="Safety:")
     found = [categories[name] for name in map(str.strip, names.split(",")) if name in categories]
-    return Finding(score, dict.fromkeys(found, score), None if refusal is None else refusal == "Yes")
+    return Finding(score, _scores(found, categories.values(), score), None if refusal is None else refusal == "Yes")
 
 
 def shieldgemma(answer: Answer, categories: Sequence[HazardCategory]) -> Finding:
@@ -107,7 +110,7 @@ def yes_no(answer: Answer) -> Finding:
     if said.lower() == "no" and codes:
         raise Unreadable("it answers no and names hazard categories")
     score = _score(answer, said.lower(), ("yes", "no"), {"yes"})
-    return Finding(score, dict.fromkeys(_known(codes), score))
+    return Finding(score, _scores(_known(codes), HazardCategory, score))
 
 
 def _match(pattern: re.Pattern[str], answer: Answer) -> re.Match[str]:
@@ -124,6 +127,11 @@ def _known(codes: str | None) -> list[HazardCategory]:
     """The hazards among category ids; an id outside the taxonomy has no score, but makes the item no less unsafe."""
     written = re.findall(r"S[0-9]+", codes or "", re.IGNORECASE)
     return [hazard for hazard in HazardCategory if hazard in written]
+
+
+def _scores(named: Collection[HazardCategory], judged: Iterable[HazardCategory], score: float) -> dict[str, float]:
+    """The named hazards with the answer's score, the others that the model judges with 0; none where it names none."""
+    return {hazard: score if hazard in named else 0.0 for hazard in judged} if named else {}
 
 
 def _score(
