@@ -11,54 +11,35 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from services.common.benchmarks import spread
-from services.common.model_files import locate_model
 from trainer.batching import collate, encode_pairs
 from trainer.bench.stopwatch import BACKWARD, FORWARD, OPTIMIZER, Stopwatch
+from trainer.bench.visits import BATCH, SEED, SHAPES, STEPS, Shape, message, prepare
 from trainer.client_app import train_round
-from trainer.config import RunConfig, default_run_config, parse_run_config
-from trainer.files import write_atomically
+from trainer.config import RunConfig
 from trainer.model import Trainee, load_trainee
-from trainer.shards import Pair, read_pairs
+from trainer.shards import read_pairs
 
-BATCH, STEPS = 4, 10  # of a visit: those at which OpenFedLLM was measured
-SEED = 0
 WAYS = ("ours", "new trainer", "new trainer, checkpointing")
 
 
-class Shape(NamedTuple):
-    """A model, and the length of every example."""
-
-    name: str
-    tokens: int
-    sizes: dict[str, int] | None  # of a random Llama; None: the shipped miniature
-
-
-SHAPES = (
-    Shape("miniature", 128, None),
-    Shape("random Llama, 28 million parameters", 256, {"hidden_size": 512, "intermediate_size": 1408, "layers": 8}),
-)
-
-
-def measure(rounds: int) -> list[dict[str, Any]]:
+def rows(rounds: int) -> Iterator[dict[str, Any]]:
     """A row for each shape and way: CPU seconds a step, and shares of a visit, as spreads over the rounds."""
-    return [row for shape in SHAPES for row in measure_shape(shape, rounds)]
+    for shape in SHAPES:
+        yield from rows_of(shape, rounds)
 
 
-def measure_shape(shape: Shape, rounds: int) -> Iterator[dict[str, Any]]:
+def rows_of(shape: Shape, rounds: int) -> Iterator[dict[str, Any]]:
     """Visits of all ways in turns, the order turning with the round; the first round is not counted."""
     with tempfile.TemporaryDirectory() as folder:
-        config = prepare(shape, Path(folder))
-        trainee = load_trainee(config)
-        parameters = sum(parameter.numel() for parameter in trainee.model.get_base_model().parameters())
+        trainee = load_trainee(config := prepare(shape, Path(folder)))
         found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
         for number in range(rounds + 1):
             for place in range(len(WAYS)):
@@ -66,52 +47,21 @@ def measure_shape(shape: Shape, rounds: int) -> Iterator[dict[str, Any]]:
                 figures = visit(way, trainee, config, number)
                 if number:
                     found[way].append(figures)
-        for way, visits in found.items():
-            figures = {key: spread([one[key] for one in visits]) for key in visits[0]}
-            print(
-                f"{shape.name}, {way:<27} {figures['cpu_seconds_per_step']['median']:.3f} CPU s a step, "
-                f"{figures['outside_share']['median']:.1%} outside forward and backward"
-            )
-            yield {
-                "model": shape.name, "parameters": parameters, "tokens": shape.tokens, "batch": BATCH, "steps": STEPS,
-                "way": way, "visits": rounds, **figures,
-            }  # fmt: skip
-
-
-def prepare(shape: Shape, folder: Path) -> RunConfig:
-    """A model and a shard whose examples all have the shape's length, so that no way pads more than another."""
-    miniature = locate_model(None).location
-    model = ""
-    if shape.sizes:
-        model = str(folder / "model")
-        tokenizer = AutoTokenizer.from_pretrained(miniature)
-        tokenizer.save_pretrained(model)
-        torch.manual_seed(SEED)
-        settings = dict(shape.sizes)
-        LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                num_hidden_layers=settings.pop("layers"),
-                num_attention_heads=8,
-                num_key_value_heads=8,
-                max_position_embeddings=512,
-                tie_word_embeddings=True,
-                **settings,
-            )
-        ).save_pretrained(model)
-    pairs = [
-        Pair(prompt=f"Count on from {n}.", response=" ".join(str(n + i) for i in range(shape.tokens)))
-        for n in range(BATCH * STEPS)
-    ]
-    write_atomically(folder / "shard.jsonl", "".join(pair.model_dump_json() + "\n" for pair in pairs))
-    return parse_run_config(
-        default_run_config(Path("pyproject.toml"))
-        | {
-            "run-dir": str(folder / "run"), "arm": "none", "base-model": model, "seed": SEED, "batch-size": BATCH,
-            "max-length": shape.tokens, "shard-data": str(folder / "shard.jsonl"), "learning-rate": 1e-4,
-            "num-clients": 1, "clients-per-round": 1, "min-clients": 1,
-        }
-    )  # fmt: skip
+    about = {
+        "model": shape.name,
+        "parameters": sum(parameter.numel() for parameter in trainee.model.get_base_model().parameters()),
+        "tokens": shape.tokens,
+        "batch": BATCH,
+        "steps": STEPS,
+        "visits": rounds,
+    }
+    for way, visits in found.items():
+        spreads = {key: spread([one[key] for one in visits]) for key in visits[0]}
+        print(
+            f"{shape.name}, {way:<26} {spreads['cpu_seconds_per_step']['median']:.3f} CPU s a step, "
+            f"{spreads['outside_share']['median']:.1%} outside forward and backward"
+        )
+        yield {**about, "way": way, **spreads}
 
 
 def visit(way: str, trainee: Trainee, config: RunConfig, number: int) -> dict[str, float]:
@@ -134,13 +84,6 @@ def visit(way: str, trainee: Trainee, config: RunConfig, number: int) -> dict[st
         "outside_share": 1 - passes / whole,
         "outside_and_not_optimizer_share": 1 - (passes + watch.seconds[OPTIMIZER]) / whole,
     }
-
-
-def message(trainee: Trainee, number: int) -> RecordDict:
-    """What the coordinator sends a client for a round."""
-    arrays = ArrayRecord({name: Array(array) for name, array in trainee.starting_adapter.items()})
-    order = ConfigRecord({"round": number + 1, "base-model-sha256": trainee.base_model_sha256, "last-counted": 0})
-    return RecordDict({"arrays": arrays, "config": order})
 
 
 def train_as_openfedllm(trainee: Trainee, config: RunConfig, *, checkpointing: bool) -> None:

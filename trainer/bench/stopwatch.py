@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +10,9 @@ from unittest.mock import patch
 
 import torch
 
-# What is called for each step, in our loop as in transformers' Trainer. The loss is part of the forward pass.
+import trainer.sft
+
+# What is called for each step. The loss counts as forward pass: transformers' Trainer has the model compute it.
 FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
 
 
@@ -18,20 +20,19 @@ class Stopwatch:
     """``seconds`` holds CPU seconds of this process by part; of nested parts the outermost counts."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         self.steps = 0
         self._busy = False
 
     @contextmanager
     def watching(self, model: torch.nn.Module) -> Iterator[None]:
-        """Watch forward passes of that model, and every loss, backward pass, clipping and optimiser's step."""
-        step = torch.optim.AdamW.step
+        """Watch forward passes of that model, our loss, and every backward pass, clipping and optimiser's step."""
         with (
             patch.object(model, "forward", self._timed(FORWARD, model.forward)),
-            patch.object(torch.nn.functional, "cross_entropy", self._timed(FORWARD, torch.nn.functional.cross_entropy)),
+            patch.object(trainer.sft, "answer_loss", self._timed(FORWARD, trainer.sft.answer_loss)),
             patch.object(torch.Tensor, "backward", self._timed(BACKWARD, torch.Tensor.backward)),
             patch.object(torch.nn.utils, "clip_grad_norm_", self._timed(OPTIMIZER, torch.nn.utils.clip_grad_norm_)),
-            patch.object(torch.optim.AdamW, "step", self._timed(OPTIMIZER, step)),
+            patch.object(torch.optim.AdamW, "step", self._timed(OPTIMIZER, torch.optim.AdamW.step)),
         ):
             yield
 
