@@ -1,7 +1,7 @@
 """What a step of a client's training costs, and how much of it is not forward and backward passes.
 
 A *visit* is all that a client does for one round in a process that has its model. Ours is measured beside visits as
-OpenFedLLM 14c6af2 makes them (arXiv 2402.06954): a new trainer a visit, which tokenises the shard again, deep copies
+OpenFedLLM (commit 14c6af2, arXiv 2402.06954) makes them: a new trainer, which tokenises the shard again, deep copies
 of the adapter, and, as is its default, gradient checkpointing. All train the same model on the same batches' shapes.
 """
 
@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from services.common.benchmarks import spread
 from trainer.batching import collate, encode_pairs
 from trainer.bench.stopwatch import BACKWARD, FORWARD, OPTIMIZER, Stopwatch
-from trainer.bench.visits import BATCH, SEED, SHAPES, STEPS, Shape, message, prepare
+from trainer.bench.visits import SEED, SHAPES, STEPS, Shape, message, prepare
 from trainer.client_app import train_round
 from trainer.config import RunConfig
 from trainer.model import Trainee, load_trainee
@@ -51,7 +51,7 @@ def rows_of(shape: Shape, rounds: int) -> Iterator[dict[str, Any]]:
         "model": shape.name,
         "parameters": sum(parameter.numel() for parameter in trainee.model.get_base_model().parameters()),
         "tokens": shape.tokens,
-        "batch": BATCH,
+        "batch": shape.batch,
         "steps": STEPS,
         "visits": rounds,
     }
@@ -97,15 +97,16 @@ def train_as_openfedllm(trainee: Trainee, config: RunConfig, *, checkpointing: b
     set_peft_model_state_dict(model, tensors)
     dataset = encode_pairs(read_pairs(Path(str(config.shard_data))), tokenizer, config.max_length)
     arguments = TrainingArguments(
-        output_dir=str(config.run_dir), per_device_train_batch_size=BATCH, max_steps=STEPS,
+        output_dir=str(config.run_dir), per_device_train_batch_size=config.batch_size, max_steps=STEPS,
         learning_rate=config.learning_rate, lr_scheduler_type="constant", weight_decay=0.0, optim="adamw_torch",
-        gradient_checkpointing=checkpointing, seed=SEED, use_cpu=True, remove_unused_columns=False,
+        activation_checkpointing=checkpointing, seed=SEED, use_cpu=True, remove_unused_columns=False,
         report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     trainer = Trainer(model=model, args=arguments, train_dataset=dataset.examples, data_collator=collated)
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     copy.deepcopy(get_peft_model_state_dict(model))
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
 
 
 def collated(examples: Sequence[Any]) -> dict[str, torch.Tensor]:

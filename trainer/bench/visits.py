@@ -13,21 +13,21 @@ from trainer.files import write_atomically
 from trainer.model import Trainee
 from trainer.shards import Pair
 
-BATCH, STEPS = 4, 10  # those at which OpenFedLLM was measured
-SEED = 0
+STEPS, SEED = 10, 0
 
 
 class Shape(NamedTuple):
-    """A model, and the length of every example."""
+    """A model, the size of a batch, and the length of every example."""
 
     name: str
+    batch: int
     tokens: int
     sizes: dict[str, Any] | None  # of a random Llama; None: the shipped miniature
 
 
-SHAPES = (
-    Shape("miniature", 128, None),
-    Shape("random Llama", 256, {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6}),
+SHAPES = (  # the first is about that at which OpenFedLLM was measured
+    Shape("miniature", 4, 128, None),
+    Shape("random Llama", 1, 256, {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6}),
 )
 
 
@@ -47,13 +47,13 @@ def prepare(shape: Shape, folder: Path) -> RunConfig:
         LlamaForCausalLM(sizes).save_pretrained(model)
     pairs = [
         Pair(prompt=f"Count on from {n}.", response=" ".join(str(n + i) for i in range(shape.tokens)))
-        for n in range(BATCH * STEPS)
+        for n in range(shape.batch * STEPS)
     ]
     write_atomically(folder / "shard.jsonl", "".join(pair.model_dump_json() + "\n" for pair in pairs))
     return parse_run_config(
         default_run_config(Path("pyproject.toml"))
         | {
-            "run-dir": str(folder / "run"), "arm": "none", "base-model": model, "seed": SEED, "batch-size": BATCH,
+            "run-dir": str(folder / "run"), "arm": "none", "base-model": model, "seed": SEED, "batch-size": shape.batch,
             "max-length": shape.tokens, "shard-data": str(folder / "shard.jsonl"), "learning-rate": 1e-4,
             "num-clients": 1, "clients-per-round": 1, "min-clients": 1,
         }
