@@ -31,8 +31,6 @@ from services.common.http import ServiceClient
 from services.contracts.errors import ConfigError, DataError, FedwardError
 from trainer.config import RunConfig, parse_run_config
 from trainer.curation import CuratedShard, curate_once
-from trainer.privacy import release_update
-from trainer.privacy_budget import RELEASES, require_within_limit
 from trainer.shards import Pair, client_shard
 
 log = logging.getLogger("flwr")
@@ -92,6 +90,8 @@ def train_round(content: RecordDict, config: RunConfig, client_id: int) -> Recor
     """
     from trainer.local_training import Order, train_locally
     from trainer.model import load_trainee
+    from trainer.privacy import release_update
+    from trainer.privacy_budget import RELEASES, require_within_limit
     from trainer.tokens import encode_once
 
     order = content.config_records["config"]

@@ -49,7 +49,7 @@ def rows_of(shape: Shape, rounds: int) -> Iterator[dict[str, Any]]:
                     found[way].append(figures)
     about = {
         "model": shape.name,
-        "parameters": sum(parameter.numel() for parameter in trainee.model.get_base_model().parameters()),
+        "parameters": sum(p.numel() for p in trainee.model.parameters() if not p.requires_grad),
         "tokens": shape.tokens,
         "batch": shape.batch,
         "steps": STEPS,
