@@ -118,8 +118,8 @@ bench-gateway: setup ## the gateway beside LiteLLM, Portkey and plain FastAPI; w
 	$(BIN)/python -m gateway.bench
 
 .PHONY: bench-trainer
-bench-trainer: setup ## what aggregation costs for 10 to 10,000 clients, beside Flower's; writes runs/bench/trainer.json
-	$(BIN)/python -m trainer.bench.aggregation
+bench-trainer: setup ## a training step, a client's start, aggregation for 10 to 10,000 clients; writes runs/bench/trainer.json
+	$(BIN)/python -m trainer.bench
 
 .PHONY: soak
 soak: setup ## ten minutes of streams, then 1,000 at once: do memory and files grow? writes runs/bench/soak.json, streams.json

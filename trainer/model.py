@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
@@ -38,13 +38,16 @@ class LoraSettings:
 class Trainee:
     """A base model with a trainable adapter, its tokenizer, and what identifies the base.
 
-    ``starting_adapter`` holds LoRA's initial values, which the seed decides: the adapter of round 0.
+    ``adapter`` is the adapter's values as they are, in the model's own memory, by PEFT's names: asking PEFT for them
+    walks through the whole model. ``starting_adapter`` holds LoRA's initial values, which the seed decides: the adapter
+    of round 0.
     """
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     base_model_id: str
     base_model_sha256: str
+    adapter: dict[str, torch.Tensor]
     starting_adapter: Arrays
 
 
@@ -89,24 +92,24 @@ def _load(base_model: str | None, lora: LoraSettings) -> Trainee:
     with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a property by its former name
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         model = get_peft_model(base, wanted)
-    return Trainee(model, tokenizer, model_id, base_sha256, _arrays(model))
+    adapter = dict(sorted(get_peft_model_state_dict(model).items()))
+    return Trainee(model, tokenizer, model_id, base_sha256, adapter, _arrays(adapter))
 
 
 def read_adapter_arrays(trainee: Trainee) -> Arrays:
     """A copy of the adapter's current values."""
-    return _arrays(trainee.model)
+    return _arrays(trainee.adapter)
 
 
-def _arrays(model: PeftModel) -> Arrays:
-    state = get_peft_model_state_dict(model)
-    return {name: state[name].detach().cpu().numpy().copy() for name in sorted(state)}
+def _arrays(adapter: dict[str, torch.Tensor]) -> Arrays:
+    return {name: tensor.cpu().numpy().copy() for name, tensor in adapter.items()}
 
 
 def set_adapter_arrays(trainee: Trainee, arrays: Arrays) -> None:
     """Replace the adapter's values; raises AdapterError when names, shapes or dtypes do not fit."""
     check_arrays("the adapter to load", arrays, trainee.starting_adapter)
-    tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-    set_peft_model_state_dict(trainee.model, tensors)
+    for name, array in arrays.items():
+        trainee.adapter[name].copy_(torch.tensor(array))
 
 
 def adapter_config_json(trainee: Trainee) -> str:

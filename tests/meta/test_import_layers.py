@@ -94,7 +94,10 @@ def test_contracts_stay_small() -> None:
     assert len(list((ROOT / "services/contracts").glob("*.py"))) <= 10
 
 
-@pytest.mark.parametrize("package", ["gateway.app", "evaluation.run", "services.safety.app", "stack.demo"])
+LIGHT = ["gateway.app", "evaluation.run", "services.safety.app", "stack.demo", "trainer.client_app"]
+
+
+@pytest.mark.parametrize("package", LIGHT)
 def test_light_process_loads_no_torch(package: str) -> None:
     code = f"import sys, {package}; sys.exit(', '.join(sorted({HEAVY!r} & set(sys.modules))) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 
 from services.contracts.errors import AdapterError, ConfigError, DataError
 from tests.fakes.tiny_model import build_tiny_model
@@ -107,6 +108,15 @@ def test_same_seed_gives_the_same_weights_and_only_the_adapter_changes(trainee: 
     assert all((runs[0][name] == runs[1][name]).all() for name in runs[0])
     assert any((runs[0][name] != trainee.starting_adapter[name]).any() for name in runs[0])
     assert torch.equal(base, before)
+
+
+def test_adapter_is_read_and_written_in_the_models_own_memory(trainee: Trainee) -> None:
+    train_sft(trainee, encode_pairs(PAIRS, trainee.tokenizer, 64), steps=1, batch_size=2, learning_rate=1e-2, seed=0)
+    for _ in range(2):
+        arrays, peft_says = read_adapter_arrays(trainee), get_peft_model_state_dict(trainee.model)
+        assert list(arrays) == sorted(peft_says)
+        assert all((arrays[name] == peft_says[name].numpy()).all() for name in arrays)
+        set_adapter_arrays(trainee, trainee.starting_adapter)
 
 
 def test_training_lowers_the_loss_and_reports_what_it_did(trainee: Trainee) -> None:

@@ -12,7 +12,6 @@ import shlex
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,8 @@ import numpy as np
 from flwr.app import Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
-from services.common.benchmarks import provenance, spread, write_figures
-from services.common.settings import exit_with
-from services.contracts.errors import ConfigError, FedwardError
+from services.common.benchmarks import spread
+from services.contracts.errors import ConfigError
 from trainer.aggregation import Arrays, check_update
 from trainer.in_process import be_the_coordinator
 from trainer.lora import A_SUFFIX, B_SUFFIX
@@ -31,41 +29,16 @@ from trainer.server_app import unpack
 from trainer.strategies.fedavg import FedAvg
 from trainer.strategies.flower import WEIGHT, to_record
 
-PROGRAM = "python -m trainer.bench.aggregation"
 COUNTS = (10, 100, 1000, 10_000)
 WAYS = {"streamed": COUNTS, "kept": COUNTS[:3]}  # ours; Flower's FedAvg, whose 10,000 replies would take 5 GB
 RANK, LAYERS, HIDDEN, INNER = 8, 4, 192, 512  # about those of the miniature model under the default lora-rank
 SEED = 0
 
 
-def main(argv: Sequence[str]) -> int:
-    """Measure, print a table, and write the figures and the plot; returns the exit code."""
-    options = read_options(argv)
-    if options.one:
-        print(json.dumps(measure(options.one, options.clients)))
-        return 0
-    try:
-        rows = [row for way, counts in WAYS.items() for row in rows_of(way, counts, options.rounds)]
-        summary = provenance(("flwr", "numpy"), {"replies": SEED}) | {
-            "command": shlex.join([*PROGRAM.split(), *argv]),
-            "adapter_bytes": sum(array.nbytes for array in blank_adapter().values()),
-            "aggregation": rows,
-        }
-        write_figures(options.out, summary)
-        options.out.with_suffix(".png").write_bytes(plot(rows))
-    except FedwardError as error:
-        return exit_with(error)
-    return 0
-
-
-def read_options(argv: Sequence[str]) -> Namespace:
-    """The command line."""
-    parser = ArgumentParser(prog=PROGRAM, description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3, help="how often each figure is measured (default: 3)")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/trainer.json"), help="the plot goes beside it")
-    parser.add_argument("--one", choices=list(WAYS), help="measure one way in this process, and print it as JSON")
-    parser.add_argument("--clients", type=int, default=COUNTS[0], help="with --one")
-    return parser.parse_args(argv)
+def rows(rounds: int) -> Iterator[dict[str, Any]]:
+    """A row for each way and number of clients."""
+    for way, counts in WAYS.items():
+        yield from rows_of(way, counts, rounds)
 
 
 def rows_of(way: str, counts: Sequence[int], rounds: int) -> Iterator[dict[str, Any]]:
@@ -80,7 +53,7 @@ def rows_of(way: str, counts: Sequence[int], rounds: int) -> Iterator[dict[str, 
 
 def run_apart(way: str, clients: int) -> dict[str, float]:
     """Measure in a process of its own; raises ConfigError when that fails."""
-    command = [sys.executable, "-m", "trainer.bench.aggregation", "--one", way, "--clients", str(clients)]
+    command = [sys.executable, "-m", "trainer.bench.aggregation", way, str(clients)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ConfigError(f"{shlex.join(command)} failed: {done.stderr.strip()[-500:]}")
@@ -170,4 +143,4 @@ def plot(rows: Sequence[dict[str, Any]]) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    print(json.dumps(measure(sys.argv[1], int(sys.argv[2]))))
