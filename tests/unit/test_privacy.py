@@ -12,9 +12,9 @@ from scipy import stats
 from services.contracts.adapters import read_manifest
 from services.contracts.errors import ConfigError
 from tests.fakes.tiny_model import build_tiny_model
-from tests.fakes.trainer_runs import LocalGrid, make_config, small_run
+from tests.fakes.trainer_runs import LocalGrid, make_config, small_run, train
 from tests.unit.test_strategies import floats, lora, update
-from tests.unit.test_trainer_rounds import rounds_of, train
+from tests.unit.test_trainer_rounds import rounds_of
 from trainer import privacy_budget, run_folder
 from trainer.aggregation import Arrays, TooFewClients, distance
 from trainer.config import RunConfig, RunValue

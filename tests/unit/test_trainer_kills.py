@@ -20,7 +20,7 @@ from trainer.server_app import main
 EVERYWHERE = {
     "before the roll call": Point("trainer.exchange:connected"),
     "while clients curate": Point("trainer.curation:write_atomically", finished=0),
-    "while clients train": Point("trainer.client_app:train_locally"),
+    "while clients train": Point("trainer.local_training:train_locally"),
     "waiting for replies": Point("trainer.exchange:Fleet._pull"),
     "taking replies": Point("trainer.server_app:check_update", after=True),
     "screening": Point("trainer.safety_probe:SafetyProbe.margin", after=True),
