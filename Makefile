@@ -97,6 +97,11 @@ images: setup ## build the container images with podman, run them as Kubernetes 
 	TORCH=$(TORCH) k8s/images.sh
 	$(BIN)/python -m pytest -m long tests/e2e/test_images.py -s
 
+.PHONY: e2e-k8s
+e2e-k8s: setup ## a live Kubernetes of one node: roll out, restart, update under load, train (root, Debian 12; an hour at first)
+	TORCH=$(TORCH) k8s/images.sh
+	k8s/e2e/cluster.sh $(BIN)/python -m pytest -m long tests/e2e/test_cluster.py -s
+
 .PHONY: miniature
 miniature: setup ## pretrain the miniature language model anew (up to an hour on 2 cores)
 	$(BIN)/python -m trainer.miniature

@@ -31,7 +31,7 @@ KUBE_GIT_VERSION='v1.20.2'
 KUBE_GIT_MAJOR='1'
 KUBE_GIT_MINOR='20'
 VERSION
-  export PATH=/usr/lib/go-1.19/bin:$PATH GOPROXY=off GOFLAGS=-p=2 GOCACHE=$work/cache GOTOOLCHAIN=local
+  export PATH=/usr/lib/go-1.19/bin:$PATH GOPROXY=off GOFLAGS=-p=2 GOTOOLCHAIN=local
   TZ=UTC KUBE_GIT_VERSION_FILE=$work/version nice -n 15 make WHAT="${wanted[*]/#/cmd/}" >&2
   mkdir -p "$binaries.part"
   cp "${wanted[@]/#/_output/bin/}" "$binaries.part"
