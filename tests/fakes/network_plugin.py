@@ -72,9 +72,8 @@ def rules_of(opened: set[tuple[str, str, int]], places: dict[str, list[str]]) ->
     """One chain: answers, the opened edges, and nothing else from or to a pod. The node itself reaches every pod."""
     lines = ["*filter", ":FEDWARD - [0:0]", "-A FEDWARD -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT"]
     for source, target, port in sorted(opened):
-        protocols, targets = ("tcp",), places.get(target, [])
-        if target == DNS.name:
-            protocols, targets = ("tcp", "udp"), [DNS_ADDRESS]
+        protocols = ["tcp", "udp"] if target == DNS.name else ["tcp"]
+        targets = [DNS_ADDRESS] if target == DNS.name else places.get(target, [])
         lines += [
             f"-A FEDWARD -s {one} -d {other} -p {protocol} --dport {port} -j ACCEPT"
             for one in places.get(source, [])
