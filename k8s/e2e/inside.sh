@@ -50,7 +50,7 @@ apiVersion: v1
 kind: Config
 clusters: [{name: e2e, cluster: {server: "https://$node:6443", certificate-authority: $work/pki/apiserver.crt}}]
 users: [{name: admin, user: {token: $token}}]
-contexts: [{name: e2e, context: {cluster: e2e, user: admin}}]
+contexts: [{name: e2e, context: {cluster: e2e, user: admin, namespace: fedward}}]
 current-context: e2e
 END
 start etcd etcd --data-dir "$work/etcd" --unsafe-no-fsync
@@ -103,6 +103,7 @@ END
 start kubelet "$kubernetes/kubelet" --config "$work/kubelet.yaml" --kubeconfig "$KUBECONFIG" --root-dir "$work/kubelet" \
   --hostname-override node --node-ip $node --container-runtime remote \
   --container-runtime-endpoint unix:///run/containerd/containerd.sock --volume-plugin-dir "$work/plugins"
+wait_until "the node" kubectl wait --for=condition=Ready --timeout=1s node/node
 cat > "$work/proxy.yaml" <<END
 apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration
@@ -151,5 +152,4 @@ spec:
 END
   done
 } | kubectl apply --filename - > /dev/null
-wait_until "the node" kubectl wait --for=condition=Ready --timeout=1s node/node
 "$@"

@@ -14,13 +14,10 @@ import httpx
 
 from tests.manifests.render import Document
 
-NAMESPACE = "fedward"
-
 
 def kubectl(*arguments: str, text: str | None = None, timeout: float = 300) -> str:
-    """Run kubectl in the namespace ``fedward``; returns what it printed. Raises AssertionError with its message."""
-    command = ["kubectl", "--namespace", NAMESPACE, *arguments]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=timeout)
+    """Run kubectl; returns what it printed. Raises AssertionError with its message."""
+    done = subprocess.run(["kubectl", *arguments], input=text, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, f"kubectl {' '.join(arguments[:3])}: {done.stderr.strip() or done.stdout[-2000:]}"
     return done.stdout
 
