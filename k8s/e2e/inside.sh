@@ -18,6 +18,7 @@ for setting in vm/overcommit_memory vm/panic_on_oom kernel/panic kernel/panic_on
 done
 for controller in /sys/fs/cgroup/*/; do mkdir -p "$controller$cgroup"; done
 for file in cpuset.cpus cpuset.mems; do cat "/sys/fs/cgroup/cpuset/$file" > "/sys/fs/cgroup/cpuset/$cgroup/$file"; done
+echo 16384 > "/sys/fs/cgroup/cpu/$cgroup/cpu.shares" # weighs like 16 other processes of the machine, not like one
 
 ip link set lo up
 ip link add node type bridge
