@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from io import BytesIO
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
 from services.common.files import replace_file
 from services.contracts.errors import ConfigError
@@ -31,6 +33,15 @@ def installed_versions() -> str:
     return f"fedward {importlib.metadata.version('fedward')}, flwr {major}.{minor}"
 
 
+def deflated(bundle: Path) -> bytes:
+    """A bundle's files, compressed: Flower stores them as they are, too large for a ConfigMap under `kubectl apply`."""
+    content = BytesIO()
+    with ZipFile(bundle) as stored, ZipFile(content, "w") as archive:
+        for file in stored.infolist():
+            archive.writestr(file, stored.read(file), ZIP_DEFLATED)
+    return content.getvalue()
+
+
 def build_bundle(app: Path, out: Path) -> None:
     """Write the bundle; the same sources always give the same bytes.
 
@@ -50,6 +61,6 @@ def build_bundle(app: Path, out: Path) -> None:
         if done.returncode != 0 or len(bundles) != 1:
             raise ConfigError(f"flwr build failed in {app}: {(done.stderr or done.stdout).strip()[:500]}")
         try:
-            replace_file(out, bundles[0].read_bytes())
+            replace_file(out, deflated(bundles[0]))
         except OSError as error:
             raise ConfigError(f"cannot write to {out}: {error.strerror}") from error
