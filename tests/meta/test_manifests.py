@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import tomllib
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from tests.manifests.references import (
 from tests.manifests.render import INSTALLATIONS, K8S, ROOT, Document, installation, of_kind, render
 from tests.manifests.schema import VERSIONS, schema_problems
 from tests.manifests.settings import file_problems, setting_problems
+from trainer.bundle import build_bundle
 from trainer.config import SILO_KEYS, default_run_config, parse_run_config
 
 Check = Callable[[list[Document]], Iterator[str]]
@@ -191,6 +193,12 @@ def test_trainer_takes_what_a_silo_says_of_itself(name: str, config_map: str) ->
 def test_numbers_of_the_demo_silos_are_0_and_1() -> None:
     numbers = [tomllib.loads(configured("all-in-one", f"silo-{n}", "node-config.toml"))["partition-id"] for n in (0, 1)]
     assert numbers == [0, 1]
+
+
+def test_bundle_is_small_enough_for_a_config_map_that_kubectl_applies(tmp_path: Path) -> None:
+    build_bundle(ROOT, tmp_path / "fedward.fab")
+    encoded = len(b64encode((tmp_path / "fedward.fab").read_bytes()))
+    assert encoded < 0.9 * 256 * 1024  # kubectl keeps a copy of what it applied in an annotation, and that is its limit
 
 
 def test_no_secret_is_in_the_repository() -> None:
