@@ -39,8 +39,8 @@ trap 'exit 130' INT TERM HUP
 tar -C / -c usr/bin/catatonit | podman import --quiet --change 'ENTRYPOINT ["/usr/bin/catatonit", "-P"]' - "${images[-1]}" > /dev/null
 podman save --quiet --multi-image-archive --output "$work/images.tar" "${images[@]}"
 
-# In the background, so that this shell sees signals at once. With --kill-child the namespaces end when `unshare` does.
-unshare --net --mount --pid --fork --kill-child --mount-proc k8s/e2e/inside.sh "$work" "$cgroup" "$kubernetes" "$@" <&0 &
+# In the background, so that this shell sees signals at once. `unshare` ends with this shell, and the namespaces with it.
+setpriv --pdeathsig KILL unshare --net --mount --pid --fork --kill-child --mount-proc k8s/e2e/inside.sh "$work" "$cgroup" "$kubernetes" "$@" <&0 &
 child=$!
 code=0
 wait "$child" || code=$?
