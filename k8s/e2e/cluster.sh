@@ -36,7 +36,8 @@ trap clean_up EXIT
 trap 'exit 130' INT TERM HUP
 
 # The process that holds a pod's namespaces: any that sleeps and buries its children.
-tar -C / -c usr/bin/catatonit | podman import --quiet --change 'ENTRYPOINT ["/usr/bin/catatonit", "-P"]' - "${images[-1]}" > /dev/null
+podman image exists "${images[-1]}" \
+  || tar -C / -c usr/bin/catatonit | podman import --quiet --change 'ENTRYPOINT ["/usr/bin/catatonit", "-P"]' - "${images[-1]}" > /dev/null
 podman save --quiet --multi-image-archive --output "$work/images.tar" "${images[@]}"
 
 # In the background, so that this shell sees signals at once. `unshare` ends with this shell, and the namespaces with it.
