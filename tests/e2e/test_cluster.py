@@ -174,17 +174,20 @@ def test_process_that_hangs_is_restarted_by_its_liveness_probe(
     assert "Liveness probe failed" in events
 
 
-def test_rolling_update_under_load_drops_no_request(gateway: httpx.Client, figures: dict[str, object]) -> None:
-    old = pod_of("gateway")["metadata"]["name"]
+@pytest.mark.parametrize("name", ["gateway", "safety", "inference"])
+def test_rolling_update_under_load_drops_no_request(
+    gateway: httpx.Client, figures: dict[str, object], name: str
+) -> None:
+    old = pod_of(name)["metadata"]["name"]
     started = time.monotonic()
     with load(gateway) as seen:
         eventually(lambda: seen.total() >= 10, 120, "callers are answered")
-        kubectl("rollout", "restart", "deployment/gateway")
-        kubectl("rollout", "status", "deployment/gateway", "--timeout", "300s", timeout=320)
+        kubectl("rollout", "restart", f"deployment/{name}")
+        kubectl("rollout", "status", f"deployment/{name}", "--timeout", "300s", timeout=320)
         kubectl("wait", "--for=delete", f"pod/{old}", "--timeout", "200s", timeout=220)
         after = seen.total()
-        eventually(lambda: seen.total() >= after + 10, 120, "callers are answered by the new gateway")
-    figures["rolling_update"] = {"seconds": round(time.monotonic() - started), "answers": dict(seen)}
+        eventually(lambda: seen.total() >= after + 10, 120, "callers are answered after it")
+    figures[f"rolling_update_{name}"] = {"seconds": round(time.monotonic() - started), "answers": dict(seen)}
     assert all(outcome.endswith(": 200") for outcome in seen), dict(seen)
 
 
