@@ -12,7 +12,7 @@ reflect2=/usr/share/gocode/src/github.com/modern-go/reflect2
 if [ ! -d "$binaries" ]; then
   [ -d $reflect2 ] && [ -x /usr/lib/go-1.19/bin/go ] || { echo "error: install the packages named in $0" >&2; exit 2; }
   work=$(mktemp -d)
-  trap 'chmod -R u+w "$work"; rm -rf "$work"' EXIT
+  trap 'rm -rf "$work"' EXIT
   cd "$work"
   mkdir lists
   echo "deb-src [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror bookworm main" > source.list
@@ -31,7 +31,7 @@ KUBE_GIT_VERSION='v1.20.2'
 KUBE_GIT_MAJOR='1'
 KUBE_GIT_MINOR='20'
 VERSION
-  export PATH=/usr/lib/go-1.19/bin:$PATH GOPROXY=off GOFLAGS=-p=2 GOTOOLCHAIN=local
+  export PATH=/usr/lib/go-1.19/bin:$PATH GOPROXY=off GOFLAGS=-p=2
   TZ=UTC KUBE_GIT_VERSION_FILE=$work/version nice -n 15 make WHAT="${wanted[*]/#/cmd/}" >&2
   mkdir -p "$binaries.part"
   cp "${wanted[@]/#/_output/bin/}" "$binaries.part"

@@ -9,9 +9,10 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ $# -gt 0 ] || { echo "usage: cluster.sh COMMAND..." >&2; exit 2; }
 [ "$(id -u)" = 0 ] || { echo "error: needs root" >&2; exit 2; }
-for tool in podman catatonit etcd containerd ctr runc dnsmasq iptables conntrack ip openssl kubectl /usr/lib/cni/ptp; do
+for tool in podman catatonit etcd containerd ctr runc dnsmasq iptables conntrack ip setpriv openssl kubectl /usr/lib/cni/ptp; do
   command -v "$tool" > /dev/null || { echo "error: $tool is missing; the packages are named in $0" >&2; exit 2; }
 done
+[ -d /sys/fs/cgroup/cpuset ] || { echo "error: Kubernetes 1.20 needs control groups of version 1" >&2; exit 2; }
 kubernetes=$(k8s/e2e/build.sh)
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 images=(localhost/fedward/{gateway,service,trainer}:"$version" localhost/fedward/pause:e2e)

@@ -149,8 +149,7 @@ def comes_back(name: str, before: Document, seconds: float) -> float:
 def test_killed_process_is_started_again(gateway: httpx.Client, figures: dict[str, object], name: str) -> None:
     before = signal_pod(name, signal.SIGKILL)
     figures[f"seconds_after_kill_{name}"] = round(comes_back(name, before, 300))
-    answers = eventually(lambda: can_chat(gateway), 60, "a chat succeeds")
-    assert answers < 60
+    eventually(lambda: can_chat(gateway), 60, "a chat succeeds")
 
 
 def can_chat(client: httpx.Client) -> bool:
