@@ -239,6 +239,8 @@ def test_stream_that_is_cut_off_counts_with_what_has_left(door: Door, how: str) 
     door.inference.pieces = [f"Sentence number {i} of many. " for i in range(200)]
     if how == "model breaks off":
         door.inference.fault, door.inference.fault_at = "reset", 100
+    else:  # the answer must not be over before the client has gone
+        door.inference.pause = lambda i: 60.0 if i == 150 else 0.0
     body = chat_body(stream=True, max_tokens=1)
     with httpx.stream(
         "POST", f"{door.url}/v1/chat/completions", json=body, headers=door.header("hasty"), timeout=20
