@@ -13,6 +13,7 @@ from stack.processes import Processes, Service
 from stack.toml import Value, write_toml
 
 GIVEN_UP = re.compile(r"SSL/TLS handshake error detected|(?:Client|Server) error '\d{3}")
+OUT_OF_STEP = "is not in `RUNNING` status. Ignoring message"
 REASONS = (
     ("certificate has expired", "the coordinator's certificate has expired; it needs a new one, or a clock is wrong"),
     ("certificate is not yet valid", "the coordinator's certificate is not valid yet: a clock is wrong, here or there"),
@@ -60,7 +61,7 @@ def start_silo(config: SiloConfig, processes: Processes) -> Keeper:
     keeper = Keeper(processes)
     keeper.keep(
         "supernode", supernode(config, node_config), patience_seconds=PATIENCE_SECONDS, explain=explain,
-        stuck=has_lost_its_connection,
+        stuck=has_to_start_again,
     )  # fmt: skip
     keeper.keep("superexec", superexec(config))
     return keeper
@@ -91,13 +92,15 @@ def explain(output: str) -> str:
     return next((reason for sign, reason in REASONS if re.search(sign, output, re.DOTALL)), "")
 
 
-def has_lost_its_connection(output: str) -> bool:
-    """Whether a SuperNode has met an error that ends its work.
+def has_to_start_again(output: str) -> bool:
+    """Whether a SuperNode has met what ends its work, or spoils it.
 
     Flower 1.41 tries again after most errors. After a TLS error, or an answer that is neither success nor 502 to 504,
-    it signs off, but its process stays because its own API's thread does.
+    it signs off, but its process stays because its own API's thread does. When a run is stopped while a message of it
+    is on the way, a task without a message is left. The error that comes of it minutes later is sent in place of the
+    reply to another message, and that reply only after the next message: the node is one reply behind from then on.
     """
-    return GIVEN_UP.search(output) is not None
+    return GIVEN_UP.search(output) is not None or OUT_OF_STEP in output
 
 
 def _write_node_config(path: Path, config: SiloConfig, safety_url: str) -> None:

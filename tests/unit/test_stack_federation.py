@@ -26,7 +26,7 @@ from stack.federation.network import Network, network
 from stack.federation.place import holding
 from stack.federation.plan import FederationPlan, write_configs
 from stack.federation.settings import CoordinatorConfig, SiloConfig, read_config
-from stack.federation.silo import explain, has_lost_its_connection
+from stack.federation.silo import explain, has_to_start_again
 from stack.marks import new_mark
 from stack.processes import Processes, ProcessFailed
 from tests.fakes.federation import wait_for
@@ -134,7 +134,7 @@ def test_node_that_hangs_after_losing_its_connection_is_restarted(
     with Processes(tmp_path / "logs") as processes:
         kept = Keeper(processes)
         code = "import time; print('ERROR: SSL/TLS handshake error detected.', flush=True); time.sleep(60)"
-        kept.keep("node", [sys.executable, "-c", code], stuck=has_lost_its_connection)
+        kept.keep("node", [sys.executable, "-c", code], stuck=has_to_start_again)
         events = [wait_for(kept.look, "event", 20) for _ in range(2)]
     assert events == [["node hangs; it is ended"], ["node ended with code -15; it is started again"]]
 
@@ -144,12 +144,14 @@ def test_node_that_hangs_after_losing_its_connection_is_restarted(
     [
         ("ERROR: Server error '500 Internal Server Error' for url 'https://c:9092/v1/fleet/pull-messages'", True),
         ("ERROR: Client error '412 Precondition Failed' for url", True),
+        ("INFO: Run ID 7 is not in `RUNNING` status. Ignoring message 5ecfe1.", True),
+        ("INFO: Run ID 7 is not in `RUNNING` status. Ignoring reply message 8286b7.", False),
         ("WARNING: Connection attempt failed, retrying in 0.98 seconds", False),
         ("INFO: Sent successfully", False),
     ],
 )
 def test_what_a_node_cannot_recover_from_by_itself_is_told_from_what_it_can(line: str, lost: bool) -> None:
-    assert has_lost_its_connection(f"INFO: SuperNode ID: 1\n{line}\n") == lost
+    assert has_to_start_again(f"INFO: SuperNode ID: 1\n{line}\n") == lost
 
 
 def test_what_a_killed_command_left_running_is_ended_by_the_next(tmp_path: Path) -> None:
