@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
 
 from services.contracts.errors import AdapterError, ConfigError
 from trainer import constitutional, privacy_budget, screening
@@ -57,7 +58,7 @@ def main(grid: Grid, context: Context) -> None:
             train_federation(grid, config)
         except RunFolderInUse:
             raise  # its result is another process's to write
-        except httpx.HTTPStatusError:
+        except (httpx.HTTPStatusError, ObjectPushError, ObjectPullError):
             raise  # the SuperLink failed, not the run: without a result it is submitted again, and goes on
         except Exception as error:
             result = failure(error)

@@ -83,26 +83,32 @@ class Keeper:
                     kept.checked = now
                     output = self._processes.output(name)
                     if kept.stuck(output):
-                        events.append(f"{name} hangs; it is ended")
                         _end(kept.process)
+                        events.append(self._ended(name, "hung, and was ended", output))
                     elif (why := kept.explain(output)) and why != kept.told:
                         kept.told = why
                         events.append(f"{name}: {why}")
             elif kept.ended is None:
-                kept.ended = now
-                if now - kept.started < STABLE_SECONDS:
-                    kept.failing = kept.failing or now
-                event = f"{name} ended with code {kept.process.returncode}"
-                if why := kept.explain(self._processes.output(name)):
-                    event = f"{event}: {why}"
-                if kept.failing and now - kept.failing > kept.patience_seconds:
-                    log = self._processes.log_dir / f"{name}.log"
-                    raise ProcessFailed(f"{event}; it has not started for {kept.patience_seconds:.0f} s, see {log}")
-                events.append(f"{event}; it is started again")
+                how = f"ended with code {kept.process.returncode}"
+                events.append(self._ended(name, how, self._processes.output(name)))
             elif now - kept.ended > PAUSE_SECONDS:
                 kept.process, kept.started, kept.ended = self._processes.start(name, kept.argv), now, None
                 kept.told = ""
         return events
+
+    def _ended(self, name: str, how: str, output: str) -> str:
+        """Note an end, to be followed by a new start; returns the line on it, or raises ProcessFailed."""
+        kept, now = self._kept[name], time.monotonic()
+        kept.ended = now
+        if now - kept.started < STABLE_SECONDS:
+            kept.failing = kept.failing or now
+        event = f"{name} {how}"
+        if why := kept.explain(output):
+            event = f"{event}: {why}"
+        if kept.failing and now - kept.failing > kept.patience_seconds:
+            log = self._processes.log_dir / f"{name}.log"
+            raise ProcessFailed(f"{event}; it has not started for {kept.patience_seconds:.0f} s, see {log}")
+        return f"{event}; it is started again"
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

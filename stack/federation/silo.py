@@ -13,7 +13,7 @@ from stack.processes import Processes, Service
 from stack.toml import Value, write_toml
 
 GIVEN_UP = re.compile(r"SSL/TLS handshake error detected|(?:Client|Server) error '\d{3}")
-OUT_OF_STEP = "is not in `RUNNING` status. Ignoring message"
+OUT_OF_STEP = re.compile(r"is not in `RUNNING` status\. Ignoring message")
 REASONS = (
     ("certificate has expired", "the coordinator's certificate has expired; it needs a new one, or a clock is wrong"),
     ("certificate is not yet valid", "the coordinator's certificate is not valid yet: a clock is wrong, here or there"),
@@ -28,6 +28,10 @@ REASONS = (
     ),
     ("Client error '413", "a message is larger than the coordinator's proxy lets through (deploy/fleet-proxy.cfg)"),
     ("Server error '5", "the coordinator failed at a call; what at, is in its superlink.log"),
+    (
+        OUT_OF_STEP.pattern,
+        "a run was stopped while a message of it was on its way; this node would be late from now on",
+    ),
     # Flower ends with code 0 and without a word when a signature is refused, at first or after it has got its number.
     (
         "SuperNode ID.*terminated gracefully",
@@ -100,7 +104,7 @@ def has_to_start_again(output: str) -> bool:
     is on the way, a task without a message is left. The error that comes of it minutes later is sent in place of the
     reply to another message, and that reply only after the next message: the node is one reply behind from then on.
     """
-    return GIVEN_UP.search(output) is not None or OUT_OF_STEP in output
+    return any(sign.search(output) for sign in (GIVEN_UP, OUT_OF_STEP))
 
 
 def _write_node_config(path: Path, config: SiloConfig, safety_url: str) -> None:

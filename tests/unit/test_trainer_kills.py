@@ -6,6 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 from flwr.proto.node_pb2 import NodeInfo
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
 
 from tests.fakes.killed_runs import Point, run_until
 from tests.fakes.tiny_model import build_tiny_model
@@ -125,18 +126,26 @@ def test_run_that_is_killed_while_clients_write_their_state_gives_the_same_resul
     assert result_of(config) == undisturbed["scaffold"]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        httpx.HTTPStatusError("locked", request=httpx.Request("POST", "https://l"), response=httpx.Response(500)),
+        ObjectPushError("object", 1, "session"),
+        ObjectPullError("object", "locked"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 def test_error_of_the_superlink_leaves_no_result_so_that_the_run_is_submitted_again(
-    tmp_path: Path, model: Path
+    tmp_path: Path, model: Path, error: Exception
 ) -> None:
     config = small_run(tmp_path, model)
     grid = LocalGrid(config, range(3))
 
     def locked() -> list[NodeInfo]:
-        request = httpx.Request("POST", "https://localhost/v1/runtime/get-nodes")
-        raise httpx.HTTPStatusError("database is locked", request=request, response=httpx.Response(500))
+        raise error
 
     grid.get_nodes = locked  # type: ignore[method-assign]
-    with pytest.raises(httpx.HTTPStatusError):
+    with pytest.raises(type(error)):
         main(grid, context_of(config))
     assert read_result(config.run_dir) is None
 
