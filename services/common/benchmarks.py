@@ -1,4 +1,4 @@
-"""What benchmarks share: a service in a process of its own, spreads, provenance, and the file of figures."""
+"""What benchmarks share: a service in a process of its own, turns, spreads, provenance, and the file of figures."""
 
 import json
 import os
@@ -7,17 +7,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import httpx
 
 from services.common.files import replace_file
 from services.common.ports import free_port
 from services.contracts.errors import ConfigError
+
+Figures = TypeVar("Figures")
 
 
 class Running(NamedTuple):
@@ -68,6 +70,27 @@ def _is_ready(url: str) -> bool:
         return httpx.get(f"{url}/health/ready").is_success
     except httpx.TransportError:
         return False
+
+
+def in_turns(ways: Sequence[str], rounds: int, measure: Callable[[str, int], Figures]) -> dict[str, list[Figures]]:
+    """Measure every way in every round, each round beginning with another way, since a machine's speed drifts.
+
+    Args:
+        ways: what is compared.
+        rounds: those that count; round 0 comes before them and does not, for it sets up what first use needs.
+        measure: one measurement, of a way in a round.
+
+    Returns:
+        For each way what was measured, a value for each round that counts.
+    """
+    found: dict[str, list[Figures]] = {way: [] for way in ways}
+    for number in range(rounds + 1):
+        for place in range(len(ways)):
+            way = ways[(place + number) % len(ways)]
+            figures = measure(way, number)
+            if number:
+                found[way].append(figures)
+    return found
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from services.common.benchmarks import spread
+from services.common.benchmarks import in_turns, spread
 from services.contracts.errors import ConfigError
 from trainer.bench.visits import SHAPES, prepare
 
@@ -23,17 +23,11 @@ WALL = "wall time"
 
 
 def rows(rounds: int) -> Iterator[dict[str, Any]]:
-    """A row for each way, with spreads over the rounds; ways take turns, and the first round is not counted."""
+    """A row for each way, with spreads over the rounds; ways take turns."""
     with tempfile.TemporaryDirectory() as folder:
         config = prepare(SHAPES[0], Path(folder))
         (Path(folder) / "config.json").write_text(config.model_dump_json(by_alias=True))
-        found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-        for number in range(rounds + 1):
-            for place in range(len(WAYS)):
-                way = WAYS[(place + number) % len(WAYS)]
-                phases = run_apart(way, Path(folder))
-                if number:
-                    found[way].append(phases)
+        found = in_turns(WAYS, rounds, lambda way, _: run_apart(way, Path(folder)))
     for way, ones in found.items():
         figures = {key: spread([one[key] for one in ones]) for key in ones[0]}
         wall = figures.pop(WALL)

@@ -18,7 +18,7 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from services.common.benchmarks import spread
+from services.common.benchmarks import in_turns, spread
 from trainer.batching import collate, encode_pairs
 from trainer.bench.stopwatch import BACKWARD, FORWARD, OPTIMIZER, Stopwatch
 from trainer.bench.visits import SEED, SHAPES, STEPS, Shape, message, prepare
@@ -37,16 +37,10 @@ def rows(rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def rows_of(shape: Shape, rounds: int) -> Iterator[dict[str, Any]]:
-    """Visits of all ways in turns, the order turning with the round; the first round is not counted."""
+    """A row for each way, from visits of all ways in turns."""
     with tempfile.TemporaryDirectory() as folder:
         trainee = load_trainee(config := prepare(shape, Path(folder)))
-        found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-        for number in range(rounds + 1):
-            for place in range(len(WAYS)):
-                way = WAYS[(place + number) % len(WAYS)]
-                figures = visit(way, trainee, config, number)
-                if number:
-                    found[way].append(figures)
+        found = in_turns(WAYS, rounds, lambda way, number: visit(way, trainee, config, number))
     about = {
         "model": shape.name,
         "parameters": sum(p.numel() for p in trainee.model.parameters() if not p.requires_grad),
