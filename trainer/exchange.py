@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
@@ -202,6 +202,23 @@ def read_number(node: int, reply: Message | None) -> int:
         return int(content_of(f"node {node}", reply).metric_records["client"]["client-id"])  # type: ignore[arg-type]  # a list is refused below
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"node {node}: it does not say which client it is ({type(error).__name__})") from error
+
+
+def write_order(round_number: int, base_model_sha256: str, versions: str, last_counted: int) -> ConfigRecord:
+    """What is asked of one client in a round.
+
+    Args:
+        round_number: from 1.
+        base_model_sha256: of the model whose adapter is sent.
+        versions: what the coordinator has installed, as ``installed_versions`` says it.
+        last_counted: the client's last round with an accepted update, or 0.
+    """
+    return ConfigRecord({
+        "round": round_number,
+        "base-model-sha256": base_model_sha256,
+        "versions": versions,
+        "last-counted": last_counted,
+    })  # fmt: skip
 
 
 def content_of(who: str, reply: Message | None) -> RecordDict:

@@ -27,7 +27,7 @@ from trainer.aggregation import (
 )
 from trainer.bundle import installed_versions
 from trainer.config import RunConfig, parse_run_config
-from trainer.exchange import Fleet, content_of
+from trainer.exchange import Fleet, content_of, write_order
 from trainer.model import Trainee, adapter_config_json, load_trainee
 from trainer.records import (
     Clock,
@@ -185,17 +185,12 @@ def sample_clients(clients: Mapping[int, int], config: RunConfig, round_number: 
 def write_orders(
     sampled: Mapping[int, int], folder: RunFolder, round_number: int, base_model_sha256: str
 ) -> dict[int, ConfigRecord]:
-    """What is asked of each client, by node; ``last-counted`` is its last round with an accepted update, or 0."""
+    """What is asked of each client, by node."""
     versions = installed_versions()
     return {
-        node: ConfigRecord({
-            "round": round_number,
-            "base-model-sha256": base_model_sha256,
-            "versions": versions,
-            "last-counted": folder.last_counted(client),
-        })
+        node: write_order(round_number, base_model_sha256, versions, folder.last_counted(client))
         for node, client in sampled.items()
-    }  # fmt: skip
+    }
 
 
 def collect_updates(

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, RecordDict
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from services.common.model_files import locate_model
 from trainer.bundle import installed_versions
 from trainer.config import RunConfig, default_run_config, parse_run_config
+from trainer.exchange import write_order
 from trainer.files import write_atomically
 from trainer.model import Trainee
 from trainer.shards import Pair
@@ -64,10 +65,5 @@ def prepare(shape: Shape, folder: Path) -> RunConfig:
 def message(trainee: Trainee, number: int) -> RecordDict:
     """What the coordinator sends a client for a round."""
     arrays = ArrayRecord({name: Array(array) for name, array in trainee.starting_adapter.items()})
-    order = ConfigRecord({
-        "round": number + 1,
-        "base-model-sha256": trainee.base_model_sha256,
-        "versions": installed_versions(),
-        "last-counted": 0,
-    })  # fmt: skip
+    order = write_order(number + 1, trainee.base_model_sha256, installed_versions(), last_counted=0)
     return RecordDict({"arrays": arrays, "config": order})
