@@ -14,7 +14,7 @@ import httpx
 
 from services.contracts.errors import ConfigError
 from stack.federation.flower import flower
-from stack.federation.keeper import POLL_SECONDS, Keeper
+from stack.federation.keeper import POLL_SECONDS, Keeper, first_reason
 from stack.federation.settings import CoordinatorConfig
 from stack.processes import Processes, ProcessFailed
 
@@ -71,7 +71,7 @@ def superlink(config: CoordinatorConfig, hub_url: str) -> list[str]:
 
 def explain(output: str) -> str:
     """What is wrong with a SuperLink, from what it wrote."""
-    return next((reason for sign, reason in REASONS if sign in output), "")
+    return first_reason(REASONS, output)
 
 
 def proxy(config: CoordinatorConfig) -> list[str]:

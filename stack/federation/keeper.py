@@ -1,5 +1,6 @@
 """Keep processes running, as a cluster would: what ends is started again after a pause."""
 
+import re
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -109,6 +110,11 @@ class Keeper:
             log = self._processes.log_dir / f"{name}.log"
             raise ProcessFailed(f"{event}; it has not started for {kept.patience_seconds:.0f} s, see {log}")
         return f"{event}; it is started again"
+
+
+def first_reason(reasons: Sequence[tuple[str, str]], output: str) -> str:
+    """What is wrong with a process, from what it wrote: the first reason whose pattern is in it, or nothing."""
+    return next((reason for pattern, reason in reasons if re.search(pattern, output, re.DOTALL)), "")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

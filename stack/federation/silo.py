@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from stack.federation.flower import flower
-from stack.federation.keeper import Keeper
+from stack.federation.keeper import Keeper, first_reason
 from stack.federation.settings import SiloConfig
 from stack.processes import Processes, Service
 from stack.toml import Value, write_toml
@@ -93,7 +93,7 @@ def superexec(config: SiloConfig) -> list[str]:
 
 def explain(output: str) -> str:
     """What is wrong with a SuperNode, from what it wrote; of several reasons the first is the closest."""
-    return next((reason for sign, reason in REASONS if re.search(sign, output, re.DOTALL)), "")
+    return first_reason(REASONS, output)
 
 
 def has_to_start_again(output: str) -> bool:
