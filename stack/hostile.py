@@ -6,7 +6,6 @@ in one process (``trainer.in_process``), one after the other, and each last adap
 A finished federation or evaluation is not done again, so an interrupted experiment goes on where it was.
 """
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -169,8 +168,8 @@ def write_mixed_shards(plan: DemoPlan, data: DemoData, malicious: int) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The JSON lines of a file of pairs, as they are."""
-    return [json.dumps(json.loads(line)) for line in path.read_text("utf-8").splitlines() if line.strip()]
+    """The lines of a file of pairs, as they are; ``str.splitlines`` would split at characters that JSON may hold."""
+    return [line for line in path.read_text("utf-8").split("\n") if line.strip()]
 
 
 def take(lines: Iterable[str], number: int) -> list[str]:
