@@ -60,6 +60,9 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--patience", type=float, default=10.0, help="fault test: how long a client waits (10)")
     parser.add_argument("--quick", action="store_true", help="one round of few requests: does it run?")
     parser.add_argument("--cache", type=Path, default=CACHE, help=f"where peers are installed (default: {CACHE})")
+    parser.add_argument(
+        "--python", type=Path, help="runs fedward and fastapi_httpx (default: one with nothing else, in --cache)"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/bench/gateway.json"), help="where the figures go")
     parser.add_argument("flags", nargs="*", help="after --, further flags of our gateway")
     options = parser.parse_args(argv)
@@ -84,10 +87,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         services = exits.enter_context(mock_services(cores.rest))
         gateways: dict[str, Gateway] = {}
         failed: dict[str, str] = {}
+        in_python = {"python": options.python}
+        further = {OURS: in_python | {"flags": options.flags}, "fastapi_httpx": in_python}
         for name in options.peers:
             console.print(f"starting {name}")
-            further = {"flags": options.flags} if name == OURS else {}
-            launch = partial(LAUNCHES[name], services, options.cache.absolute(), folder, **further)
+            launch = partial(LAUNCHES[name], services, options.cache.absolute(), folder, **further.get(name, {}))
             try:
                 gateways[name] = exits.enter_context(running_gateway(name, launch, services, folder, cores.gateways))
             except PeerFailed as error:
@@ -130,6 +134,7 @@ def _start_and_memory(gateway: Gateway) -> dict[str, float]:
     return {
         "start_seconds": round(gateway.start_seconds, 2),
         "start_cpu_seconds": round(gateway.start_cpu_seconds, 2),
+        "start_rss_mb": round(gateway.start_rss_mb, 1),
         "rss_mb": round(rss_mb(gateway.process), 1),
     }
 

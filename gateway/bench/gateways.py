@@ -13,7 +13,7 @@ import psutil
 
 from gateway.bench.client import Answer, Target, ask
 from gateway.bench.peers import Launch
-from gateway.bench.processes import PeerFailed, cpu_seconds, running
+from gateway.bench.processes import PeerFailed, cpu_seconds, rss_mb, running
 from gateway.bench.script import Script
 from gateway.bench.services import MockServices
 
@@ -31,6 +31,7 @@ class Gateway:
     variants: Mapping[str, Target]
     start_seconds: float
     start_cpu_seconds: float
+    start_rss_mb: float
 
 
 @contextmanager
@@ -51,7 +52,8 @@ def running_gateway(
     began = time.perf_counter()
     with running(what.command, what.environment, folder, log, core) as process:
         asyncio.run(_first_answer(name, target, process, log))
-        yield Gateway(name, process, target, variants, time.perf_counter() - began, cpu_seconds(process))
+        seconds = time.perf_counter() - began
+        yield Gateway(name, process, target, variants, seconds, cpu_seconds(process), rss_mb(process))
 
 
 async def _first_answer(name: str, target: Target, process: psutil.Process, log: Path) -> None:

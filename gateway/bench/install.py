@@ -4,13 +4,18 @@ They are never dependencies of the project. An environment that is complete is u
 of it.
 """
 
+import hashlib
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
+import gateway
 from gateway.bench.processes import PeerFailed
+
+ROOT = Path(gateway.__file__).parents[1]
 
 LITELLM = "1.106.2"
 PORTKEY = "1.15.2"
@@ -18,16 +23,35 @@ INSTALL_SECONDS = 1200.0
 _COMPLETE = "complete"
 
 
+def own_python(cache: Path) -> Path:
+    """A Python with what our gateway's image holds and nothing else: libraries load what they find. Raises PeerFailed.
+
+    The project itself is not installed there: what is measured is this checkout.
+    """
+    pins, project = ROOT / "constraints.txt", ROOT / "pyproject.toml"
+    found = tomllib.loads(project.read_text())["project"]
+    needs = [*found["dependencies"], *found["optional-dependencies"]["gateway"]]
+    digest = hashlib.sha256(repr(needs).encode() + pins.read_bytes()).hexdigest()[:12]
+    folder = cache / f"fedward-{digest}"
+    _environment(folder, ["--constraint", str(pins), *needs])
+    return folder / "bin/python"
+
+
 def litellm(cache: Path) -> Path:
     """LiteLLM's command, installed where it is not yet (740 MB); raises PeerFailed."""
     folder = cache / f"litellm-{LITELLM}"
-    if not (folder / _COMPLETE).exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        _run([sys.executable, "-m", "venv", str(folder)])
-        pip = [str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        _run([*pip, f"litellm[proxy]=={LITELLM}"])
-        (folder / _COMPLETE).touch()
+    _environment(folder, [f"litellm[proxy]=={LITELLM}"])
     return folder / "bin/litellm"
+
+
+def _environment(folder: Path, packages: Sequence[str]) -> None:
+    if (folder / _COMPLETE).exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    _run([sys.executable, "-m", "venv", str(folder)])
+    pip = [str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    _run([*pip, *packages])
+    (folder / _COMPLETE).touch()
 
 
 def portkey(cache: Path) -> Path:

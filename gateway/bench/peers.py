@@ -3,19 +3,16 @@
 import json
 import secrets
 import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gateway
-from gateway.bench.install import litellm, node, portkey
+from gateway.bench.install import ROOT, litellm, node, own_python, portkey
 from gateway.bench.script import MODEL
 from gateway.bench.services import MockServices
 from services.common.ports import free_port
 
-ROOT = Path(gateway.__file__).parents[1]
 CHECK_MS = 3000  # Portkey's default for a webhook
 
 
@@ -35,19 +32,21 @@ class Launch:
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def launch_fedward(services: MockServices, cache: Path, folder: Path, flags: Sequence[str] = ()) -> Launch:
+def launch_fedward(
+    services: MockServices, cache: Path, folder: Path, python: Path | None = None, flags: Sequence[str] = ()
+) -> Launch:
     """This project's gateway with its default settings."""
     port = free_port()
-    command = [sys.executable, "-m", "gateway", "--port", str(port), "--log-level", "warning"]
+    command = [str(python or own_python(cache)), "-m", "gateway", "--port", str(port), "--log-level", "warning"]
     command += ["--inference-url", services.upstream_url, "--safety-url", services.classifier_url]
     command += ["--served-model-name", MODEL, "--audit-url", f"sqlite:///{folder / 'audit.db'}", *flags]
     return Launch(command, port, {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
 
 
-def launch_fastapi_httpx(services: MockServices, cache: Path, folder: Path) -> Launch:
-    """What people write themselves, on the same server as ours."""
+def launch_fastapi_httpx(services: MockServices, cache: Path, folder: Path, python: Path | None = None) -> Launch:
+    """What people write themselves, on the same server and in the same environment as ours."""
     port = free_port()
-    command = shlex.join([sys.executable, "-m", "uvicorn", "gateway.bench.fastapi_httpx.app:app"])
+    command = shlex.join([str(python or own_python(cache)), "-m", "uvicorn", "gateway.bench.fastapi_httpx.app:app"])
     command += f" --host 127.0.0.1 --port {port} --no-access-log --log-level warning"
     urls = {"UPSTREAM_URL": services.upstream_url, "CLASSIFIER_URL": services.classifier_url}
     return Launch(shlex.split(command), port, urls | {"PYTHONPATH": str(ROOT)})

@@ -109,7 +109,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with ExitStack() as exits:
         pin(os.getpid(), cores.rest)
         services = exits.enter_context(mock_services(cores.rest))
-        launch = partial(launch_fedward, services, folder, folder, flags=options.flags)
+        launch = partial(launch_fedward, services, folder, folder, Path(sys.executable), options.flags)
         gateway = exits.enter_context(running_gateway(OURS, launch, services, folder, cores.gateways))
         services.follow(options.script)
         console.print(f"{options.streams} streams of {options.stream_seconds:g} s for {options.minutes:g} minutes")
@@ -123,6 +123,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         },
         "streams_ended": len(streams),
         "failures": dict(failures),
+        "failed_at_seconds": [round(stream.ended_at, 1) for stream in streams if stream.failure],
         "steady": steady(samples, streams, warm_up),
         "after_load": after._asdict(),
         "samples": [sample._asdict() for sample in samples],

@@ -22,7 +22,7 @@ def _number(value: float | None, form: str = ".1f") -> str:
 
 def _cost(summary: Mapping[str, Any]) -> str:
     head = ["peer", "CPU ms/request, c=1", "c=16", "requests/s, c=16", "p50 ms", "p95 ms"]
-    head += ["CPU ms/stream", "paced", "MB", "start s"]
+    head += ["CPU ms/stream", "paced", "MB at start", "MB after", "start s"]
     rows = []
     for name, peer in summary["peers"].items():
         if "failed" in peer:
@@ -33,7 +33,8 @@ def _cost(summary: Mapping[str, Any]) -> str:
         medians = [one.get("cpu_ms"), *(sixteen.get(key) for key in ("cpu_ms", "per_second", "p50_ms", "p95_ms"))]
         shown = [_number(value and value["median"]) for value in medians]
         shown += ["fails" if "failed" in stream else _number(stream["cpu_ms_per_stream"])]
-        shown += [_number(stream["cpu_ms_per_paced_stream"]), _number(peer["rss_mb"], ".0f")]
+        shown += [_number(stream["cpu_ms_per_paced_stream"])]
+        shown += [_number(peer["start_rss_mb"], ".0f"), _number(peer["rss_mb"], ".0f")]
         rows.append([name, *shown, _number(peer["start_seconds"])])
     return _table(head, rows)
 

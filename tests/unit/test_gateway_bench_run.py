@@ -21,6 +21,7 @@ from tests.meta.test_import_layers import ROOT
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 BENCH = [sys.executable, "-m", "gateway.bench", "--quick"]
+PYTHON = ["--python", sys.executable]  # nothing is installed
 
 
 def wait_until(condition: Any, what: str) -> None:
@@ -33,7 +34,7 @@ def wait_until(condition: Any, what: str) -> None:
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("bench") / "gateway.json"
-    command = [*BENCH, "--peers", "fedward,fastapi_httpx", "--out", str(out)]
+    command = [*BENCH, "--peers", "fedward,fastapi_httpx", *PYTHON, "--out", str(out)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=290, check=False)
     assert done.returncode == 0, done.stderr
     assert "| fastapi_httpx |" in done.stdout
@@ -74,7 +75,7 @@ def test_our_gateway_passes_no_unsafe_text_in_any_fault(figures: dict[str, Any])
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_interrupted_run_leaves_no_process_behind(tmp_path: Path, number: signal.Signals) -> None:
-    command = [*BENCH, "--peers", "fastapi_httpx", "--out", str(tmp_path / "gateway.json")]
+    command = [*BENCH, "--peers", "fastapi_httpx", *PYTHON, "--out", str(tmp_path / "gateway.json")]
     with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as bench:
         process = psutil.Process(bench.pid)
         wait_until(lambda: len(process.children()) == 2, "the mock services and the peer did not start")
