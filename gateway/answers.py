@@ -57,6 +57,8 @@ class Head:
 
     def by(self, fingerprint: str | None) -> "Head":
         """The same, written by the weights with this fingerprint; nothing else than a hash is one."""
+        if fingerprint == self.system_fingerprint:
+            return self
         known = hash_or_none(fingerprint)
         return replace(self, system_fingerprint=known) if known else self
 

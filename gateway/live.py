@@ -44,8 +44,8 @@ class LiveVisits:
         """What becomes of a request: an event at once, one for every change, and the last when it is over.
 
         Each has ``state`` (``waiting``, ``working``, ``over``), the characters ``held`` and ``released`` so far, and
-        the ``decisions`` since the event before. It is over at once when too many of the tenant's
-        are watched, or this one already is.
+        the ``decisions`` since the event before. It is over at once when too many of the tenant's are watched, or
+        this one already is.
         """
         key = (tenant, request_id)
         if key in self._watched or sum(of == tenant for of, _ in self._watched) >= MOST_WATCHED:

@@ -58,9 +58,8 @@ class Pipeline:
             units = whole_units(answer, asked.choices)
             checked = await together(map(request.check, units))
             leaving = [request.let_out(unit, decision) for unit, decision in checked]
-            head = answer.head or Head.own(wire.ID_PREFIX, asked.model)
-            visit.answered(head, answer.usage)
-            return wire.whole(asked, head, leaving, answer.usage or NO_TOKENS)
+            visit.answered(answer.head, answer.usage)
+            return wire.whole(asked, answer.head, leaving, answer.usage or NO_TOKENS)
 
     async def stream(self, raw: Json, wire: Wire, visit: Visit) -> AsyncGenerator[Json, None]:
         """The events of a streamed answer, of which the last says how it ended; raises as ``answer`` does."""

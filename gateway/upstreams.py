@@ -194,6 +194,7 @@ class Upstreams:
                         if data == DONE:
                             return
                         event = wire.read_event(data, head)
+                        head = event.head
                         service.breaker.answering()
                         told.take(event)
                         yield event
