@@ -1,23 +1,26 @@
 """What every HTTP process has in common, on a real socket: error bodies, limits, request ids, leaving."""
 
 import asyncio
+import gc
 import json
 import re
 import socket
 import time
 import urllib.error
 import urllib.request
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-from fastapi import APIRouter, Request
+import uvicorn
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 from prometheus_client import REGISTRY
 from pydantic import BaseModel
 
-from services.common.app import create_app, route_with_errors
+from services.common.app import FEW_REQUESTS, TidyServer, create_app, route_with_errors
 from services.common.connections import while_connected
 from services.common.settings import Settings
 from services.contracts.errors import ErrorBody, Overloaded, QuotaExceeded, Unauthorized
@@ -214,3 +217,28 @@ def test_client_that_leaves_ends_the_work_and_is_counted_as_such(url: str, sent:
     while not left():
         assert time.monotonic() < end, "the work went on"
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("at_work", "kept"), [(0, False), (FEW_REQUESTS, False), (FEW_REQUESTS + 1, True)])
+def test_garbage_is_collected_while_few_requests_are_open(at_work: int, kept: bool) -> None:
+    async def tick() -> bool:
+        server = TidyServer(uvicorn.Config(FastAPI()))
+        server.server_state.tasks = {asyncio.ensure_future(asyncio.sleep(0)) for _ in range(at_work)}
+        circle = Circle()
+        circle.itself = circle
+        found = weakref.ref(circle)
+        del circle
+        await server.on_tick(601)
+        assert found() is not None  # once a minute
+        await server.on_tick(600)
+        return found() is not None
+
+    gc.disable()
+    try:
+        assert asyncio.run(tick()) is kept
+    finally:
+        gc.enable()
+
+
+class Circle:
+    itself: "Circle"
