@@ -188,4 +188,5 @@ def _set_up_sqlite(connection: Any, _: Any) -> None:
     # FULL syncs the log at every commit. NORMAL would keep a commit through a crash of the process, but not through
     # one of the machine, and an answer only goes out when its record is durable. Commits are shared by many requests.
     cursor.execute("PRAGMA synchronous=FULL")
+    cursor.execute("PRAGMA cache_size=-256")  # KiB; rows are added at the end and few are read
     cursor.close()
