@@ -129,7 +129,7 @@ bench-trainer: setup ## a training step, a client's start, aggregation for 10 to
 .PHONY: soak
 soak: setup ## ten minutes of streams, then 1,000 at once: do memory and files grow? writes runs/bench/soak.json, streams.json
 	$(BIN)/python -m gateway.bench.soak
-	$(BIN)/python -m gateway.bench.soak --streams 1000 --words 30 --word-ms 2000 --minutes 4 --out runs/bench/streams.json
+	$(BIN)/python -m gateway.bench.soak --streams 1000 --words 30 --word-ms 2000 --minutes 10 --out runs/bench/streams.json
 
 .PHONY: measure
 measure: setup ## print the measured quality of the shipped classifier and miniature
