@@ -10,6 +10,7 @@ from gateway.policy import Action
 from gateway.protocols import Wire
 from gateway.sse import encode
 from services.common.connections import ClientLeft, while_connected
+from services.common.garbage import forget_frames
 from services.common.logs import get_logger
 from services.contracts.chat import Json
 from services.contracts.errors import FedwardError
@@ -58,6 +59,7 @@ class EventStream(Response):
                 await _send_body(send, encode(self._wire.error(error)[1]), more=False)
             else:
                 await error_response(error, self._wire)(scope, receive, send)
+            forget_frames(error)
 
     async def _send_all(self, send: Send) -> None:
         async with aclosing(self._events) as events:

@@ -16,6 +16,7 @@ from gateway.answers import Call, Event, Finish, Head, Part, Unit, texts_to_chec
 from gateway.policy import Decision, StreamPolicy
 from gateway.segments import Channel
 from gateway.settings import GatewaySettings
+from services.common.garbage import forget_frames
 from services.contracts.chat import Usage
 from services.contracts.errors import UpstreamUnavailable
 
@@ -232,7 +233,7 @@ class CheckedAnswer:
         """Look at the outcome: nobody else does when the answer ends before the unit's turn, and asyncio complains."""
         self._checks.discard(task)
         if not task.cancelled():
-            task.exception()
+            forget_frames(task.exception())
 
 
 def _size(part: Part) -> int:

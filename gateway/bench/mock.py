@@ -159,11 +159,13 @@ class Connection(asyncio.Protocol):
         if script.upstream_fault == "500":
             return await self._fail("500")
         self.transport.write(_STREAM)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         for i, event in enumerate(mock_answers.events(script)):
             if script.upstream_fault and i > MID_STREAM_WORDS:
                 return await self._fail_mid_stream(script.upstream_fault)
-            if script.word_seconds:
-                await asyncio.sleep(script.word_seconds)
+            if script.word_seconds:  # by the clock: a word that is late must not make all that follow late
+                await asyncio.sleep(began + (i + 1) * script.word_seconds - loop.time())
             self.chunk(event)
         self.transport.write(b"0\r\n\r\n")
         return None

@@ -77,7 +77,6 @@ def goals(summary: dict[str, Any]) -> list[dict[str, Any]]:
         ("guarded requests/s : LiteLLM's", summary["guarded"].get("rps_ratio_vs_litellm"), "at least", 12.0),
         ("guarded 50-word stream, CPU ms", summary["stream"].get(OURS, {}).get("cpu_ms_per_stream"), "at most", 5.0),
         ("memory at start, MB", ours.get("start_rss_mb"), "at most", 90.0),
-        ("memory after load, MB", ours.get("rss_mb"), "at most", 90.0),
         ("start, seconds", ours.get("start_seconds"), "at most", 3.0),
         ("characters leaked", summary["leak"].get(OURS, {}).get("characters_leaked"), "at most", 0.0),
         ("faults in which unsafe text passed", _passed(summary["fault"].get(OURS)), "at most", 0.0),

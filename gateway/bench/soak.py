@@ -1,8 +1,8 @@
 """``python -m gateway.bench.soak``: many streams at once through our gateway for minutes; do memory and files grow?
 
-A closed loop: every client asks for a stream, reads it to its end and asks for the next. Clients begin spread over the
-length of a stream, so that the load is the same at any moment. How many streams are open at once is measured, at the
-mock model and at the clients.
+A closed loop: every client asks for a stream, reads it to its end, waits for up to the time between two words, and asks
+for the next. Clients begin spread over the length of a stream, so that the load is the same at any moment. How many
+streams are open at once is measured, at the mock model and at the clients.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     console, cores = Console(stderr=True), Cores.found()
     folder = options.out.with_suffix("").absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    found = provenance()
+    found = provenance() | {"seeds": {"first_client": 0}}  # each client has its number
     with ExitStack() as exits:
         pin(os.getpid(), cores.rest)
         services = exits.enter_context(mock_services(cores.rest))
@@ -137,15 +137,16 @@ async def soak(
     began, seconds = time.perf_counter(), options.minutes * 60
     streams: list[Stream] = []
     samples: list[Sample] = []
-    patience = options.stream_seconds * 2 + 60
+    patience, word_seconds = options.stream_seconds * 2 + 60, options.script.word_seconds
 
     async def ask_on(session: aiohttp.ClientSession, number: int) -> None:
+        chance = random.Random(number)
         await asyncio.sleep(options.stream_seconds * number / options.streams)
         while (asked_at := time.perf_counter() - began) < seconds:
             answer = await ask(session, gateway.target, patience, stream=True)
             streams.append(_stream(asked_at, answer, options.script))
-            if streams[-1].failure:
-                await asyncio.sleep(random.uniform(*RETRY_SECONDS))
+            # Without a wait, streams that are held up together would go on together, and more with them every time.
+            await asyncio.sleep(chance.uniform(*(RETRY_SECONDS if streams[-1].failure else (0, word_seconds))))
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session, asyncio.TaskGroup() as group:
         for number in range(options.streams):

@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 
 from services.common.api_docs import error_responses
 from services.common.connections import CLIENT_LEFT, ClientLeft, allow_many_connections
+from services.common.garbage import collect_less_garbage, forget_frames
 from services.common.logs import configure_logs, get_logger
 from services.common.metrics import TASKS
 from services.common.middleware import BodyLimit, Observe
@@ -88,7 +89,7 @@ def serve(app: FastAPI, settings: Settings, service: str) -> None:
         from services.common.traces import instrument
 
         instrument(app, service, settings.otlp_endpoint)
-    _collect_less_garbage()
+    collect_less_garbage()
     listener = _bind(settings.host, settings.port)
     host, port = listener.getsockname()[:2]
     get_logger().info("listening", host=host, port=port)
@@ -108,26 +109,13 @@ def serve(app: FastAPI, settings: Settings, service: str) -> None:
 
 
 class TidyServer(uvicorn.Server):
-    """Collects all garbage while few requests are open: at 1,000 open streams that holds all of them up for 0.7 s."""
+    """Collects all garbage once a minute, unless many requests are open (``garbage.py``)."""
 
     async def on_tick(self, counter: int) -> bool:
-        """Called ten times a second; once a minute is enough for the little there is (see below)."""
+        """Called ten times a second."""
         if counter % 600 == 0 and len(self.server_state.tasks) <= FEW_REQUESTS:
             gc.collect()
         return await super().on_tick(counter)
-
-
-def _collect_less_garbage() -> None:
-    """Make full collections short, and leave them to the server's quiet moments as long as it has any.
-
-    What is loaded by now stays for ever and is not searched again. What a request needs is freed without a collection
-    when nothing refers to it any more: in the gateway's main path no objects hold each other (a test looks). Requests
-    that fail do leave some, so a server that never has a quiet moment collects too: each half hour at 1,000 streams.
-    """
-    gc.collect()
-    gc.freeze()
-    young, middle, _ = gc.get_threshold()
-    gc.set_threshold(young, middle, 1000)
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -180,7 +168,9 @@ def route_with_errors(respond: Callable[[FedwardError], Response]) -> type[APIRo
                 try:
                     return await handle(request)
                 except (FedwardError, RequestValidationError, UnicodeEncodeError, HTTPException) as error:
-                    return respond(as_fedward_error(request, error))
+                    told = as_fedward_error(request, error)
+                    forget_frames(error)
+                    return respond(told)
 
             return handle_with_errors
 
@@ -190,6 +180,7 @@ def route_with_errors(respond: Callable[[FedwardError], Response]) -> type[APIRo
 async def _on_error(request: Request, error: Exception) -> Response:
     """The one JSON error body, with ``Retry-After`` where a retry may help."""
     told = as_fedward_error(request, error)
+    forget_frames(error)
     retry = {"retry-after": "1"} if isinstance(told, (Overloaded, UpstreamUnavailable)) else {}
     return JSONResponse(told.body(), status_code=told.http_status, headers=retry | told.headers)
 

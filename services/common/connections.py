@@ -39,6 +39,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         working.cancel()
         leaving.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
+        del working, leaving  # an error holds this frame: it must not hold the error's task (``garbage.py``)
 
 
 async def _disconnected(receive: Receive) -> None:

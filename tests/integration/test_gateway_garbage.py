@@ -30,9 +30,13 @@ def alive() -> int:
 @pytest.mark.long  # reads all objects of the process: not beside thousands of other tests
 @pytest.mark.usefixtures("no_collections")
 @pytest.mark.parametrize("stream", [False, True])
-def test_requests_leave_nothing_to_the_garbage_collector(stack: Stack, stream: bool) -> None:
-    before = alive()
+@pytest.mark.parametrize("broken", [None, "prompt", "response"])
+def test_requests_leave_nothing_to_the_garbage_collector(stack: Stack, stream: bool, broken: str | None) -> None:
     stack.answer(words(20, sentence=5))
+    if broken:
+        stack.break_safety("hang", broken)
+    before = alive()
     for _ in range(3):
-        assert stack.ask(stream=stream).status_code == 200
+        answer = stack.ask(stream=stream)
+        assert answer.status_code == (200 if broken is None else 503)
     wait_for(lambda: alive() <= before)

@@ -100,7 +100,6 @@ def test_goals_say_what_was_met() -> None:
         "guarded requests/s : LiteLLM's at least 12": True,
         "guarded 50-word stream, CPU ms at most 5": True,
         "memory at start, MB at most 90": True,
-        "memory after load, MB at most 90": False,
         "start, seconds at most 3": True,
         "characters leaked at most 0": True,
         "faults in which unsafe text passed at most 0": True,
@@ -120,7 +119,7 @@ def test_tables_show_every_peer_with_its_failures() -> None:
     assert "| stream, every_chunk | - | 0 (200, complete) |" in text
     assert "HTTP 503, 0.3 s | UNSAFE TEXT PASSED, HTTP 200, still waiting, 0.3 s, does not recover |" in text
     assert "| client_leaves | cancelled after 0.1 s | NOT CANCELLED after 3.0 s |" in text
-    assert "| memory after load, MB at most 90 | 95.00 | NOT MET |" in text
+    assert "| memory at start, MB at most 90 | 88.00 | met |" in text
 
 
 def test_provenance_says_what_ran() -> None:
