@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from tests.fakes.cluster import chat, eventually, is_ready, kubectl, load, pod_of, restarts, signal_pod
+from tests.fakes.federation import NODE_LINES
 from tests.fakes.network_plugin import policies_enforced
 from tests.manifests.render import INSTALLATIONS, ROOT, Document, installation, of_kind, tree_with_secrets, workloads
 
@@ -171,6 +172,16 @@ def test_process_that_hangs_is_restarted_by_its_liveness_probe(
     eventually(lambda: can_chat(gateway), 60, "a chat succeeds")
     events = kubectl("get", "events", "--field-selector", "reason=Unhealthy", "--output", "jsonpath={..message}")
     assert "Liveness probe failed" in events
+
+
+def test_node_that_a_stopped_run_left_out_of_step_is_restarted_by_its_liveness_probe(
+    gateway: httpx.Client, figures: dict[str, object]
+) -> None:
+    before = pod_of("supernode-0")
+    line = next(line for line, lost in NODE_LINES if lost and "Ignoring" in line)
+    write = ["python", "-c", f"open('/tmp/supernode.log', 'a').write({line!r})"]
+    kubectl("exec", "deployment/supernode-0", "--", *write)
+    figures["seconds_after_out_of_step_supernode-0"] = round(comes_back("supernode-0", before, 300))
 
 
 @pytest.mark.parametrize("name", ["gateway", "safety", "inference"])

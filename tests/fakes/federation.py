@@ -29,6 +29,17 @@ from trainer.records import RoundRecord
 PATIENCE_SECONDS = 500.0
 SUBJECTS = ("granary bread", "tidal rivers", "chamber music", "endgame chess", "alpine botany", "harbour pilots")
 
+# What a SuperNode writes, and whether only a new start helps then.
+NODE_LINES = (
+    ("ERROR: SSL/TLS handshake error detected.", True),
+    ("ERROR: Server error '500 Internal Server Error' for url 'https://c:9092/v1/fleet/pull-messages'", True),
+    ("ERROR: Client error '412 Precondition Failed' for url", True),
+    ("INFO: Run ID 7 is not in `RUNNING` status. Ignoring message 5ecfe1.", True),
+    ("INFO: Run ID 7 is not in `RUNNING` status. Ignoring reply message 8286b7.", False),
+    ("WARNING: Connection attempt failed, retrying in 0.98 seconds", False),
+    ("INFO: Sent successfully", False),
+)
+
 
 def silo_pairs(number: int, count: int = 12) -> list[dict[str, str]]:
     """A silo's sentences; no two silos have one in common."""

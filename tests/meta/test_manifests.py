@@ -18,6 +18,7 @@ from gateway.quotas import read_quotas
 from services.common.ports import free_port
 from services.contracts.constitution import load_constitution
 from stack.federation.settings import CoordinatorConfig, read_config
+from tests.fakes.federation import NODE_LINES
 from tests.manifests.hardening import hardening_problems, image_problems, probe_problems
 from tests.manifests.metrics import alert_problems, exported, expression_problems
 from tests.manifests.network import edges
@@ -30,7 +31,17 @@ from tests.manifests.references import (
     selector_problems,
     volume_problems,
 )
-from tests.manifests.render import INSTALLATIONS, K8S, ROOT, Document, installation, of_kind, render
+from tests.manifests.render import (
+    INSTALLATIONS,
+    K8S,
+    ROOT,
+    Document,
+    containers,
+    installation,
+    of_kind,
+    render,
+    workloads,
+)
 from tests.manifests.schema import VERSIONS, schema_problems
 from tests.manifests.settings import file_problems, setting_problems
 from trainer.bundle import build_bundle
@@ -147,6 +158,16 @@ def configured(installation_name: str, config_map: str, key: str) -> str:
             text: str = document["data"][key]
             return text
     raise AssertionError(f"{installation_name} has no ConfigMap {config_map}")
+
+
+@pytest.mark.parametrize(("line", "lost"), NODE_LINES)
+def test_node_that_only_a_new_start_mends_fails_its_liveness_probe(tmp_path: Path, line: str, lost: bool) -> None:
+    node = next(one for one in workloads(installation("silo")) if one["metadata"]["name"] == "supernode")
+    script = containers(node)[0]["livenessProbe"]["exec"]["command"]
+    log = tmp_path / "supernode.log"
+    log.write_text(f"INFO: SuperNode ID: 1\n{line}\n")
+    probe = [part.replace("/tmp/supernode.log", str(log)) for part in script]
+    assert (subprocess.run(probe, timeout=20).returncode != 0) == lost
 
 
 def test_gateway_reads_its_policy_and_its_limits(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from stack.federation.settings import CoordinatorConfig, SiloConfig, read_config
 from stack.federation.silo import explain, has_to_start_again
 from stack.marks import new_mark
 from stack.processes import Processes, ProcessFailed
-from tests.fakes.federation import wait_for
+from tests.fakes.federation import NODE_LINES, wait_for
 from tests.fakes.recorder import Recorder, recording
 from tests.fakes.trainer_runs import run_values
 from trainer.config import parse_run_config
@@ -139,17 +139,7 @@ def test_node_that_hangs_after_losing_its_connection_is_restarted(
     assert events == [["node hung, and was ended; it is started again"]] * 2
 
 
-@pytest.mark.parametrize(
-    ("line", "lost"),
-    [
-        ("ERROR: Server error '500 Internal Server Error' for url 'https://c:9092/v1/fleet/pull-messages'", True),
-        ("ERROR: Client error '412 Precondition Failed' for url", True),
-        ("INFO: Run ID 7 is not in `RUNNING` status. Ignoring message 5ecfe1.", True),
-        ("INFO: Run ID 7 is not in `RUNNING` status. Ignoring reply message 8286b7.", False),
-        ("WARNING: Connection attempt failed, retrying in 0.98 seconds", False),
-        ("INFO: Sent successfully", False),
-    ],
-)
+@pytest.mark.parametrize(("line", "lost"), NODE_LINES)
 def test_what_a_node_cannot_recover_from_by_itself_is_told_from_what_it_can(line: str, lost: bool) -> None:
     assert has_to_start_again(f"INFO: SuperNode ID: 1\n{line}\n") == lost
 
