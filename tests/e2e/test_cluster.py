@@ -136,11 +136,11 @@ def test_pods_reach_what_the_policies_open(
             kubectl(*command)
 
 
-def comes_back(name: str, before: Document, seconds: float) -> float:
+def comes_back(name: str, before: Document, seconds: float, **labels: str) -> float:
     """Wait until a pod's container has been started again and is ready; returns the seconds."""
 
     def back() -> bool:
-        now = pod_of(name)
+        now = pod_of(name, **labels)
         return restarts(now) > restarts(before) and is_ready(now)
 
     return eventually(back, seconds, f"{name} is started again and ready")
@@ -177,11 +177,11 @@ def test_process_that_hangs_is_restarted_by_its_liveness_probe(
 def test_node_that_a_stopped_run_left_out_of_step_is_restarted_by_its_liveness_probe(
     gateway: httpx.Client, figures: dict[str, object]
 ) -> None:
-    before = pod_of("supernode-0")
+    before = pod_of("supernode", instance="silo-0")
     line = next(line for line, lost in NODE_LINES if lost and "Ignoring" in line)
     write = ["python", "-c", f"open('/tmp/supernode.log', 'a').write({line!r})"]
     kubectl("exec", "deployment/supernode-0", "--", *write)
-    figures["seconds_after_out_of_step_supernode-0"] = round(comes_back("supernode-0", before, 300))
+    figures["seconds_after_out_of_step_supernode"] = round(comes_back("supernode", before, 300, instance="silo-0"))
 
 
 @pytest.mark.parametrize("name", ["gateway", "safety", "inference"])

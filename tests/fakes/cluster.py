@@ -22,9 +22,10 @@ def kubectl(*arguments: str, text: str | None = None, timeout: float = 300) -> s
     return done.stdout
 
 
-def pod_of(name: str) -> Document:
-    """The only pod of a workload by its label ``app.kubernetes.io/name``."""
-    pods = json.loads(kubectl("get", "pods", "--selector", f"app.kubernetes.io/name={name}", "--output", "json"))
+def pod_of(name: str, **labels: str) -> Document:
+    """The only pod of a workload by its label ``app.kubernetes.io/name``, and others (``instance="silo-0"``)."""
+    selector = ",".join(f"app.kubernetes.io/{key}={value}" for key, value in {"name": name, **labels}.items())
+    pods = json.loads(kubectl("get", "pods", "--selector", selector, "--output", "json"))
     (found,) = pods["items"]
     assert isinstance(found, dict)
     return found
