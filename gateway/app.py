@@ -24,6 +24,7 @@ from gateway.upstreams import SAFETY, PassedOn, Upstreams
 from services.common.api_docs import STREAM, error_responses, whole_or_stream
 from services.common.app import create_app, route_with_errors
 from services.common.connections import while_connected
+from services.common.garbage import forget_frames
 from services.contracts.chat import ChatCompletion, Completion, GenerateAnswer, Json, TgiError
 
 
@@ -139,4 +140,5 @@ def _tgi_routes(pipeline: Pipeline, admission: Admission, upstreams: Upstreams, 
 
 async def _on_passed_on(request: Request, error: Exception) -> Response:
     assert isinstance(error, PassedOn)
+    forget_frames(error)
     return error_response(error, chat)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from gateway.asked import Asked, Kind, has_words
-from gateway.metrics import DECISIONS
+from gateway.metrics import DECISIONS, count
 from gateway.policy import Action, Decision, Direction, Policy, decide
 from services.common.logs import get_logger
 from services.common.spans import span
@@ -91,7 +91,7 @@ class Checker:
             DECISIONS.labels(direction.value, "unavailable").inc()
             get_logger().warning("check failed", direction=direction.value, error=error.message)
             raise
-        DECISIONS.labels(direction.value, "shadowed" if decision.shadowed else decision.action.value).inc()
+        count(decision)
         self._note(decision, verdicts, sum(map(_characters, items)), time.perf_counter() - started)
         if not decision.allowed or decision.shadowed:
             get_logger().info(

@@ -5,11 +5,17 @@ from collections import defaultdict
 from prometheus_client import Counter, Histogram
 
 from gateway.policy import Action, Decision, Direction
+from services.contracts.hazards import HazardCategory
 
 DECISIONS = Counter(
     "fedward_gateway_decisions_total",
     "Checks by what came of them: allow, redact, revise, refuse, shadowed, unavailable",
     ["direction", "outcome"],
+)
+UNSAFE = Counter(
+    "fedward_gateway_unsafe_total",
+    "Texts found unsafe, once for each hazard category that led to it (none: the overall score did), by outcome",
+    ["direction", "category", "outcome"],
 )
 REPAIRS = Counter(
     "fedward_gateway_repairs_total",
@@ -18,7 +24,7 @@ REPAIRS = Counter(
 )
 CHECK_SECONDS = Histogram(
     "fedward_gateway_check_seconds",
-    "Time one call of the classifier took, to its verdicts or failure",
+    "Time a check waited for its verdicts or failure; checks of one moment share a call of the classifier",
     ["direction"],
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.5),
 )
@@ -30,12 +36,24 @@ UPSTREAM_CANCELLATIONS = Counter(
     "fedward_gateway_upstream_cancellations_total", "Generations that were stopped before they had ended"
 )
 
+_CATEGORIES = frozenset(category.value for category in HazardCategory)
+
 Lane = tuple[int, str]  # a choice's index and one of its channels
 _MAIN: Lane = (0, "content")
 
 
 class UncheckedRelease(RuntimeError):
     """Text was about to leave without a verdict: a bug in the gateway, and the answer is withheld."""
+
+
+def count(decision: Decision) -> None:
+    """Count one decision. A classifier's own names for categories are one: each label value costs memory for good."""
+    outcome = "shadowed" if decision.shadowed else decision.action.value
+    DECISIONS.labels(decision.direction.value, outcome).inc()
+    if decision.shadowed or not decision.allowed:
+        for category in decision.categories or ("none",):
+            known = category if category in _CATEGORIES or category == "none" else "other"
+            UNSAFE.labels(decision.direction.value, known, outcome).inc()
 
 
 class Ledger:

@@ -124,6 +124,7 @@ class CheckedAnswer:
         for check in self._checks:
             check.cancel()
         await asyncio.wait([self._reader, *self._checks])  # not gather, which passes cancellations on
+        del self._reader  # cancelled, it holds the frame of ``_read``, which holds this object
 
     def __aiter__(self) -> Self:
         return self

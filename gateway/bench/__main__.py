@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         services = exits.enter_context(mock_services(cores.rest))
         gateways: dict[str, Gateway] = {}
         failed: dict[str, str] = {}
-        in_python = {"python": options.python}
+        in_python = {"python": options.python and options.python.absolute()}  # resolved, it would leave its environment
         further = {OURS: in_python | {"flags": options.flags}, "fastapi_httpx": in_python}
         for name in options.peers:
             console.print(f"starting {name}")

@@ -16,6 +16,7 @@ import gateway
 from gateway.bench.processes import PeerFailed
 
 ROOT = Path(gateway.__file__).parents[1]
+IMAGE_EXTRAS = ("gateway", "postgres", "tracing")  # as in the Dockerfile
 
 LITELLM = "1.106.2"
 PORTKEY = "1.15.2"
@@ -30,8 +31,9 @@ def own_python(cache: Path) -> Path:
     """
     pins, project = ROOT / "constraints.txt", ROOT / "pyproject.toml"
     found = tomllib.loads(project.read_text())["project"]
-    needs = [*found["dependencies"], *found["optional-dependencies"]["gateway"]]
-    digest = hashlib.sha256(repr(needs).encode() + pins.read_bytes()).hexdigest()[:12]
+    extras = found["optional-dependencies"]
+    needs = [*found["dependencies"], *(package for extra in IMAGE_EXTRAS for package in extras[extra])]
+    digest = hashlib.sha256(repr((needs, sys.version)).encode() + pins.read_bytes()).hexdigest()[:12]
     folder = cache / f"fedward-{digest}"
     _environment(folder, ["--constraint", str(pins), *needs])
     return folder / "bin/python"

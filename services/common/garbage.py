@@ -23,6 +23,8 @@ def forget_frames(error: BaseException | None) -> None:
 
     Some of these hold the error's task or future, which holds the error: a circle. asyncio breaks its own likewise.
     """
-    while error:
+    seen: set[int] = set()  # errors that several requests share may name each other as causes
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         error.__traceback__ = None
         error = error.__cause__ or error.__context__

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from fastapi import FastAPI
 
 from gateway.policy_file import parse_policies
 from gateway.quotas import read_quotas
@@ -19,6 +20,7 @@ from services.common.ports import free_port
 from services.contracts.constitution import load_constitution
 from stack.federation.settings import CoordinatorConfig, read_config
 from tests.fakes.federation import NODE_LINES
+from tests.fakes.model_servers import serving
 from tests.manifests.hardening import hardening_problems, image_problems, probe_problems
 from tests.manifests.metrics import alert_problems, exported, expression_problems
 from tests.manifests.network import edges
@@ -160,14 +162,33 @@ def configured(installation_name: str, config_map: str, key: str) -> str:
     raise AssertionError(f"{installation_name} has no ConfigMap {config_map}")
 
 
-@pytest.mark.parametrize(("line", "lost"), NODE_LINES)
-def test_node_that_only_a_new_start_mends_fails_its_liveness_probe(tmp_path: Path, line: str, lost: bool) -> None:
+@pytest.fixture(scope="module")
+def healthy() -> Iterator[str]:
+    app = FastAPI()
+    app.add_api_route("/health", lambda: {"status": "ok"})
+    with serving(app) as url:
+        yield url.rsplit(":", 1)[1]
+
+
+def alive(log: Path, port: str) -> bool:
+    """What a SuperNode's liveness probe says."""
     node = next(one for one in workloads(installation("silo")) if one["metadata"]["name"] == "supernode")
     script = containers(node)[0]["livenessProbe"]["exec"]["command"]
+    probe = [part.replace("/tmp/supernode.log", str(log)).replace("9094", port) for part in script]
+    return subprocess.run(probe, timeout=20, stderr=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.mark.parametrize(("line", "lost"), NODE_LINES)
+def test_node_that_only_a_new_start_mends_is_not_alive(tmp_path: Path, healthy: str, line: str, lost: bool) -> None:
     log = tmp_path / "supernode.log"
     log.write_text(f"INFO: SuperNode ID: 1\n{line}\n")
-    probe = [part.replace("/tmp/supernode.log", str(log)) for part in script]
-    assert (subprocess.run(probe, timeout=20).returncode != 0) == lost
+    assert alive(log, healthy) == (not lost)
+
+
+def test_node_that_does_not_answer_is_not_alive(tmp_path: Path) -> None:
+    log = tmp_path / "supernode.log"
+    log.write_text("INFO: SuperNode ID: 1\n")
+    assert not alive(log, str(free_port()))
 
 
 def test_gateway_reads_its_policy_and_its_limits(tmp_path: Path) -> None:
