@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.metrics import Lane, Ledger, UncheckedRelease
+from gateway.metrics import UNSAFE, Lane, Ledger, UncheckedRelease, count
 from gateway.policy import Action, Decision, Direction
 
 PROMPT = Decision(Action.ALLOW, Direction.PROMPT)
@@ -75,3 +75,27 @@ def test_nothing_leaves_but_what_was_allowed(steps: list[tuple[str, int, str]]) 
             kept.record(ALLOW if step == "a" else REDACT, text, lane)
             allowed[index] += text if step == "a" else ""
         assert allowed[index].startswith(released[index])
+
+
+@pytest.mark.parametrize(
+    ("categories", "action", "shadowed", "label"),
+    [
+        (("S9",), Action.REFUSE, None, "S9"),
+        ((), Action.REFUSE, None, "none"),
+        (("a classifier's own",), Action.REDACT, None, "other"),
+        (("S1",), Action.ALLOW, Action.REFUSE, "S1"),
+        (("S2",), Action.ALLOW, None, None),
+    ],
+)
+def test_what_was_found_is_counted_by_category(
+    categories: tuple[str, ...], action: Action, shadowed: Action | None, label: str | None
+) -> None:
+    def counted() -> dict[tuple[str, ...], float]:
+        samples = [sample for metric in UNSAFE.collect() for sample in metric.samples if sample.name.endswith("_total")]
+        return {tuple(sample.labels.values()): sample.value for sample in samples}
+
+    before = counted()
+    count(Decision(action, Direction.PROMPT, categories=categories, shadowed=shadowed))
+    grown = {labels for labels, value in counted().items() if value > before.get(labels, 0)}
+    outcome = "shadowed" if shadowed else action.value
+    assert grown == ({("prompt", label, outcome)} if label else set())
