@@ -34,7 +34,7 @@ class SseParser:
             return []
         if self._after_cr and piece.startswith(b"\n"):  # the second half of a CRLF that was cut in two
             piece = piece[1:]
-        self._after_cr = piece.endswith(b"\r") or (self._after_cr and not piece)
+        self._after_cr = piece.endswith(b"\r")
         *lines, self._rest = _LINE_END.split(self._rest + piece)
         if self._size + len(self._rest) > self._limit:
             raise EventTooLarge(f"one event has more than {self._limit} bytes")

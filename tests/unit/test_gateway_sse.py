@@ -24,6 +24,7 @@ def parse(stream: bytes, cuts: list[int]) -> list[str]:
         (b"data: a\ndata: b\n\n", ["a\nb"]),
         (b": comment\n\nevent: x\nid: 7\nretry: 1\ndata: a\n\n", ["a"]),
         (b"data\n\n", [""]),
+        (b"data: a\r\n\n", ["a"]),
         (b"\xef\xbb\xbfdata: a\n\n", ["a"]),
         (b"data: a\n", []),
         (b"data: a", []),
