@@ -60,6 +60,7 @@ def recording(target_port: int, certificate: str, authority: str) -> Iterator[Re
         except OSError:
             writer.close()
             return
+        writers.update((writer, outer[1]))
         await asyncio.gather(pump(reader, outer[1], recorder.stream()), pump(outer[0], writer, bytearray()))
 
     async def serve() -> None:
@@ -68,7 +69,11 @@ def recording(target_port: int, certificate: str, authority: str) -> Iterator[Re
         listening.set()
         await asyncio.to_thread(ended.wait)
         server.close()
+        for writer in writers:  # those whose other side is gone would wait for its farewell
+            writer.transport.abort()
+        await asyncio.sleep(0.1)
 
+    writers: set[StreamWriter] = set()
     listening, ended = threading.Event(), threading.Event()
     thread = threading.Thread(target=asyncio.run, args=(serve(),))
     thread.start()
