@@ -51,9 +51,8 @@ def count(decision: Decision) -> None:
     outcome = "shadowed" if decision.shadowed else decision.action.value
     DECISIONS.labels(decision.direction.value, outcome).inc()
     if decision.shadowed or not decision.allowed:
-        for category in decision.categories or ("none",):
-            known = category if category in _CATEGORIES or category == "none" else "other"
-            UNSAFE.labels(decision.direction.value, known, outcome).inc()
+        for category in [name if name in _CATEGORIES else "other" for name in decision.categories] or ["none"]:
+            UNSAFE.labels(decision.direction.value, category, outcome).inc()
 
 
 class Ledger:

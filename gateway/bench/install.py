@@ -46,16 +46,6 @@ def litellm(cache: Path) -> Path:
     return folder / "bin/litellm"
 
 
-def _environment(folder: Path, packages: Sequence[str]) -> None:
-    if (folder / _COMPLETE).exists():
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    _run([sys.executable, "-m", "venv", str(folder)])
-    pip = [str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    _run([*pip, *packages])
-    (folder / _COMPLETE).touch()
-
-
 def portkey(cache: Path) -> Path:
     """Portkey's start script, installed where it is not yet (25 MB); raises PeerFailed."""
     folder = cache / f"portkey-{PORTKEY}"
@@ -83,6 +73,16 @@ def node_version() -> str | None:
     """The version of Node.js; None where there is none."""
     found = shutil.which("node")
     return subprocess.run([found, "--version"], capture_output=True, text=True).stdout.strip() if found else None
+
+
+def _environment(folder: Path, packages: Sequence[str]) -> None:
+    if (folder / _COMPLETE).exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    _run([sys.executable, "-m", "venv", str(folder)])
+    pip = [str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    _run([*pip, *packages])
+    (folder / _COMPLETE).touch()
 
 
 def _run(command: Sequence[str]) -> None:

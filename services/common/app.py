@@ -33,7 +33,7 @@ from services.contracts.errors import ConfigError, FedwardError, Overloaded, Req
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 Ready = Callable[[], Awaitable[str | None]]
 
-FEW_REQUESTS = 32  # with so many open a full collection takes some hundredths of a second
+FEW_REQUESTS = 32  # with so many open a full collection is a small part of what a check may take
 
 
 def create_app(

@@ -1,4 +1,4 @@
-"""Keeping garbage collections short and rare: at 1,000 open streams a full one holds all of them up for 0.7 s.
+"""Keeping garbage collections short and rare: at 1,000 open streams a full one takes longer than a check may.
 
 What a request needs is freed without a collection when nothing refers to it any more, so no objects may hold each
 other (a test looks).

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from fastapi import FastAPI
 
+from gateway.bench.install import IMAGE_EXTRAS
 from gateway.policy_file import parse_policies
 from gateway.quotas import read_quotas
 from services.common.ports import free_port
@@ -259,6 +260,10 @@ def test_dockerfile_takes_the_makefiles_torch() -> None:
     torch = re.search(r"^TORCH := (\S+)$", (ROOT / "Makefile").read_text(), flags=re.M)
     assert torch is not None
     assert f"ARG TORCH={torch[1]}\n" in (ROOT / "Dockerfile").read_text()
+
+
+def test_benchmark_measures_the_gateway_with_what_its_image_holds() -> None:
+    assert f"/meta[{','.join(IMAGE_EXTRAS)}]" in (ROOT / "Dockerfile").read_text()
 
 
 def test_dashboard_shows_what_is_exported() -> None:
