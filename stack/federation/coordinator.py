@@ -8,11 +8,13 @@ import shutil
 import ssl
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
 
 from services.contracts.errors import ConfigError
+from stack.federation.credentials import certificate_end
 from stack.federation.flower import flower
 from stack.federation.keeper import POLL_SECONDS, Keeper, first_reason
 from stack.federation.settings import CoordinatorConfig
@@ -20,6 +22,7 @@ from stack.processes import Processes, ProcessFailed
 
 PROXY_CONFIG = Path(__file__).parents[2] / "deploy" / "fleet-proxy.cfg"
 READY_SECONDS = 120.0
+ENDS_SOON = timedelta(days=7)
 DAMAGED = (
     "superlink.db is damaged: put a copy in its place, or move it away and `register` the silos' keys again; the "
     "rounds that are finished lie in the run folder, so nothing of them is lost"
@@ -44,11 +47,13 @@ def start_coordinator(
         say: told what happens meanwhile, a line at a time.
 
     Raises:
-        ConfigError: HAProxy is not installed.
+        ConfigError: HAProxy is not installed, or there is no certificate.
         ProcessFailed: a process did not start.
     """
     if shutil.which("haproxy") is None:
         raise ConfigError("the command `haproxy` is missing; install it (Debian: apt-get install haproxy)")
+    if notice := expiry_notice(config.credentials.server_bundle):
+        say(notice)
     keeper = Keeper(processes)
     keeper.keep("superlink", superlink(config, hub_url), explain=explain)
     keeper.keep("proxy", proxy(config))
@@ -79,11 +84,20 @@ def proxy(config: CoordinatorConfig) -> list[str]:
     variables = {
         "FLEET_BIND": config.fleet_bind,
         "FLEET_CERT": config.credentials.server_bundle.resolve(),
+        "FLEET_CERT_END": int(certificate_end(config.credentials.server_bundle).timestamp()),
         "SUPERLINK": superlink_address(config),
         "SUPERLINK_CA": config.credentials.authority.resolve(),
         "STATUS_BIND": config.status_bind,
     }
     return ["env", *(f"{name}={value}" for name, value in variables.items()), "haproxy", "-db", "-f", str(PROXY_CONFIG)]
+
+
+def expiry_notice(certificate: Path) -> str | None:
+    """What to say of a certificate that ends within seven days; raises ConfigError when there is none."""
+    ends = certificate_end(certificate)
+    if ends - datetime.now(UTC) > ENDS_SOON:
+        return None
+    return f"{certificate} ends at {ends:%Y-%m-%d %H:%M} UTC, and then no silo connects; see docs/operations.md"
 
 
 def superexec(config: CoordinatorConfig) -> list[str]:

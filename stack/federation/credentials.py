@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from services.common.files import replace_file
+from services.contracts.errors import ConfigError
 
 PRIVATE = 0o600
 SIGNER_ID = "fpk_fedward"  # the name under which SuperNodes know the key that signs bundles
@@ -120,6 +121,20 @@ def make_certificates(credentials: Credentials, hosts: Sequence[str], lifetime: 
     replace_file(credentials.server_certificate, certificate)
     replace_file(credentials.server_key, key, mode=PRIVATE)
     replace_file(credentials.server_bundle, certificate + key, mode=PRIVATE)
+
+
+def certificate_end(path: Path) -> datetime:
+    """When the certificate in a PEM file ends.
+
+    Raises:
+        ConfigError: the file holds no certificate, or cannot be read.
+    """
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: no certificate in PEM format") from error
 
 
 def _certificate(

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import httpx
 import pytest
+from cryptography import x509
 from flwr.proto.control_pb2 import ListRunsRequest, StartRunRequest
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, RegisterNodeFleetRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, PushAppMessagesRequest
@@ -156,6 +157,13 @@ def test_only_posts_of_a_stated_and_sensible_size_pass(
     federation: Federation, gate: str, method: str, headers: dict[str, str], status: int
 ) -> None:
     assert raw_status(federation, gate, method, "/v1/fleet/pull-messages", headers) == status
+
+
+def test_proxy_tells_when_the_certificate_ends_that_silos_see(federation: Federation, gate: str) -> None:
+    host, port = gate.rsplit(":", 1)
+    seen = x509.load_pem_x509_certificate(ssl.get_server_certificate((host, int(port)), timeout=10.0).encode())
+    told = httpx.get(f"http://{federation.coordinator.status_bind}/certificate").text
+    assert told == f"fedward_fleet_certificate_end_seconds {seen.not_valid_after_utc.timestamp():.0f}\n"
 
 
 def raw_status(federation: Federation, gate: str, method: str, path: str, headers: dict[str, str]) -> int:

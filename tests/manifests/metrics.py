@@ -23,7 +23,8 @@ def exported() -> dict[str, frozenset[str]]:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in SUFFIXES:
                     found |= _series(node, node.func.id)
-    return found
+    proxy = (ROOT / "deploy/fleet-proxy.cfg").read_text()
+    return found | {series: frozenset() for series in re.findall(r"fedward_\w+", proxy)}
 
 
 def _series(node: ast.Call, kind: str) -> dict[str, frozenset[str]]:

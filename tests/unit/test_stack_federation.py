@@ -8,7 +8,7 @@ import stat
 import sys
 import threading
 import time
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
@@ -20,7 +20,7 @@ from flwr.supernode.start_client_internal import _verify_fab
 from services.contracts.errors import ConfigError
 from stack.federation import coordinator, keeper, train
 from stack.federation.bundles import serving_bundle, sign_bundle, signature_of
-from stack.federation.credentials import SIGNER_ID, Credentials, make_certificates, make_credentials
+from stack.federation.credentials import SIGNER_ID, Credentials, certificate_end, make_certificates, make_credentials
 from stack.federation.keeper import Keeper
 from stack.federation.network import Network, network
 from stack.federation.place import holding
@@ -47,6 +47,24 @@ def test_private_files_are_private_and_others_are_not(credentials: Credentials) 
     private = {name for name in modes if name.endswith((".key", ".secret"))} | {"coordinator-bundle.pem"}
     assert {name for name, mode in modes.items() if mode == 0o600} == private
     assert len(private) == 1 + 1 + 2 + 3 + 1  # TLS, signer, silos, secrets, TLS bundle
+
+
+def test_certificate_that_ends_soon_is_told_of_at_the_start(credentials: Credentials) -> None:
+    assert coordinator.expiry_notice(credentials.server_bundle) is None
+    make_certificates(credentials, ["localhost"], timedelta(days=6))
+    ends = datetime.now(UTC) + timedelta(days=6)
+    assert f"coordinator-bundle.pem ends at {ends:%Y-%m-%d}" in str(
+        coordinator.expiry_notice(credentials.server_bundle)
+    )
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no certificate"])
+def test_file_without_a_certificate_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "coordinator.pem"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"coordinator\.pem: (cannot be read: No such file|no certificate in PEM)"):
+        certificate_end(path)
 
 
 def test_made_again_silos_keep_their_keys_and_certificates_are_new(credentials: Credentials) -> None:
