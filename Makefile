@@ -129,7 +129,8 @@ bench-trainer: setup ## a training step, a client's start, aggregation for 10 to
 .PHONY: soak
 soak: setup ## ten minutes of 100 streams at once, five of 1,000: do memory and files grow? writes runs/bench/soak.json, streams.json
 	$(BIN)/python -m gateway.bench.soak
-	$(BIN)/python -m gateway.bench.soak --streams 1020 --words 30 --word-ms 2000 --minutes 5 --out runs/bench/streams.json
+	$(BIN)/python -m gateway.bench.soak --streams 1060 --words 30 --word-ms 2000 --minutes 5 \
+	  --out runs/bench/streams.json -- --requests-in-flight 1200
 
 .PHONY: measure
 measure: setup ## print the measured quality of the shipped classifier and miniature
